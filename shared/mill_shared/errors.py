@@ -10,7 +10,8 @@ MillError
 └── CorruptError       stored data does not match its digest, or is missing
 
 ImageError lies in one image. It becomes a `failed` record and never leaves the label loop.
-AlreadyExists is the answer of a create-once write that came second.
+DeviceMemoryError asks the label loop to work the chunk again with half the batch.
+KeyMissing and AlreadyExists are a store's answers: no such object; a create-once write that came second.
 """
 
 from enum import IntEnum
@@ -98,3 +99,11 @@ class ImageError(Exception):
 
 class AlreadyExists(Exception):
     """A create-once write found another object under its key."""
+
+
+class KeyMissing(Exception):
+    """A store that answers has no object under this key."""
+
+
+class DeviceMemoryError(Exception):
+    """The device ran out of memory; the same work in smaller batches may fit."""

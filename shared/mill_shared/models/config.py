@@ -1,0 +1,92 @@
+"""Which model, from where, how precise. Importing this file never imports torch; `build` does."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mill_shared.config import Role, Section
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+
+
+class TorchConfig(Section):
+    """What every local model shares."""
+
+    device: Annotated[str, Role.PLACEMENT] = "auto"
+    """`cuda`, `cpu`, or `auto`: the first visible GPU, else the CPU."""
+    precision: Precision = "float32"
+    """Number type of weights and activations; `tf32` is float32 with TF32 products."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch, 0 for its own choice. Same bytes need the same number."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms."""
+
+
+class SamConfig(TorchConfig):
+    """Segment Anything through the segment-anything package."""
+
+    kind: Literal["sam"] = "sam"
+    checkpoint: Annotated[Path, Role.PLACEMENT]
+    """State dict in the official format, e.g. sam_vit_h_4b8939.pth. Its SHA-256 goes into the label digest."""
+    architecture: Literal["vit_h", "vit_l", "vit_b", "custom"] = "vit_h"
+    """`custom` reads the sizes from the JSON file of the same name beside the checkpoint."""
+
+
+class OracleMasksConfig(Section):
+    """Masks from ground truth, to test and to measure what the pipeline itself loses."""
+
+    kind: Literal["oracle"] = "oracle"
+    truth: str
+    """COCO file with segmentations."""
+
+
+class TransformersChatConfig(TorchConfig):
+    """A vision-language model through transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: Annotated[Path, Role.PLACEMENT]
+    """Folder in the Hugging Face format, e.g. of Qwen2-VL-7B-Instruct. The SHA-256 of its files goes into the label digest."""
+    precision: Precision = "bfloat16"
+    batch_size: int = Field(16, ge=1)
+    """Questions answered at once. Identity, since another batch may round another way."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest answer in tokens. Source: specs/cotpl.md 1.2."""
+    max_image_pixels: int | None = Field(None, ge=784)
+    """Cap on a picture's area before it becomes tokens; default: the model's own setting."""
+
+
+class HttpChatConfig(Section):
+    """A vision-language model behind an OpenAI-compatible server, e.g. vLLM. Region pictures leave the machine."""
+
+    kind: Literal["http"] = "http"
+    url: Annotated[str, Role.PLACEMENT]
+    """Base URL, up to and with `/v1`."""
+    model: str
+    """Model name that the server knows."""
+    revision: str
+    """What the server runs, in your words, e.g. a commit; recorded since it cannot be checked."""
+    key_file: Annotated[Path | None, Role.PLACEMENT] = None
+    """File with the API key; default: no key is sent."""
+    concurrency: Annotated[int, Role.PLACEMENT] = Field(16, ge=1)
+    """Requests in flight."""
+    timeout_s: Annotated[float, Role.PLACEMENT] = Field(120, gt=0)
+    """Seconds for one request."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest answer in tokens. Source: specs/cotpl.md 1.2."""
+    constrain: Literal["structured_outputs", "guided_choice", "none"] = "structured_outputs"
+    """How the server is asked for one of the allowed answers; `none` for servers that cannot."""
+
+
+class OracleChatConfig(Section):
+    """Answers from ground truth, to test and to measure what the pipeline itself loses."""
+
+    kind: Literal["oracle"] = "oracle"
+    truth: str
+    """COCO file with boxes and categories."""
+    background: tuple[str, ...] = ()
+    """Category names that are answered as background."""
+
+
+MasksConfig = Annotated[SamConfig | OracleMasksConfig, Field(discriminator="kind")]
+ChatConfig = Annotated[TransformersChatConfig | HttpChatConfig | OracleChatConfig, Field(discriminator="kind")]
