@@ -65,6 +65,9 @@ class DatasetConfig(Section):
     """COCO file whose `images` are the dataset; default: every picture below `images`."""
     extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
     """Endings that count as pictures where `coco` is not given, lower case; compared without case."""
+    ids: Literal["auto", "stem", "path"] = "auto"
+    """Image ids without `coco`: the integer in the file name (`stem`), a hash of the relative path (`path`), or `auto`:
+    stems where all are integers, else paths."""
     max_side: int = Field(1024, ge=64)
     """Longer side in pixels above which a picture is made smaller before labelling; boxes are mapped back."""
     max_pixels: int = Field(200_000_000, gt=0)

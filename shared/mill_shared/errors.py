@@ -4,6 +4,7 @@ MillError
 ├── ConfigError        wrong for every worker, for ever: schema, missing weights, no such bucket, no permission
 │   └── PlanMismatch   the run exists with another identity
 ├── OutsideError       something outside the images is unavailable now: timeouts, 5xx, a lost model server
+│   └── DeviceLostError  the device is unusable until the process ends
 ├── StalledError       no image finished for too long
 ├── CoverageError      too few records, or too many failed ones, to finalize
 ├── InvariantError     a bundle would be wrong
@@ -63,6 +64,10 @@ class OutsideError(MillError):
     """Something outside the images is unavailable now; never becomes a record."""
 
     exit_code = ExitCode.OUTSIDE
+
+
+class DeviceLostError(OutsideError):
+    """The device is unusable for the rest of this process (a sticky CUDA error); waiting cannot help."""
 
 
 class StalledError(MillError):

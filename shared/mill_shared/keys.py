@@ -14,10 +14,9 @@ class RunKeys:
         """What the run is. Create-once."""
         return f"{self.run}/plan.json"
 
-    @property
-    def images(self) -> str:
-        """The image table. Create-once, written before the plan."""
-        return f"{self.run}/images.parquet"
+    def images(self, digest: str) -> str:
+        """The image table under its own digest, written before the plan names it."""
+        return f"{self.run}/images/{digest[:16]}.parquet"
 
     def pass_list(self, pass_index: int) -> str:
         """The image rows that pass n (n >= 1) relabels. Create-once."""

@@ -90,8 +90,8 @@ class CotplConfig(Section):
 
     name: Literal["cotpl"] = "cotpl"
     """Selects this recipe."""
-    label: LabelConfig
-    """Changes the labels: another value is another run."""
+    label: LabelConfig | None = None
+    """Changes the labels: another value is another run. None where the labels are imported."""
     finalize: Annotated[CotplFinalizeConfig, Role.FINALIZE] = CotplFinalizeConfig()
     """Changes what is made of the labels: another value is another final of the same run."""
 
@@ -103,6 +103,8 @@ class CotplConfig(Section):
         """
         from mill_shared.models.weights import content_digest
 
+        if self.label is None:
+            return {}
         found = {"label.prompts": self.label.read_prompts().digest()}
         match self.label.masks:
             case OracleMasksConfig(truth=truth):

@@ -1,0 +1,444 @@
+"""Records to a final: check what the plan names, decide whether it is enough, let the recipe write, publish last.
+
+A final is a folder named by its digest. Its manifest is written last; without one it does not exist. Numbered
+references say which final is the newest.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import duckdb
+import msgspec
+import structlog
+
+from mill_jobs.config import RunConfig
+from mill_jobs.label import check_chunk_of
+from mill_jobs.recipes.choose import finalize_recipe
+from mill_jobs.recipes.base import RecordTable, Summary
+from mill_shared.coco import CocoBase, annotations_per_class, open_base
+from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, CoverageError, KeyMissing
+from mill_shared.keys import RunKeys
+from mill_shared.plan import RunPlan, code_version, digest_of, read_images, read_passes
+from mill_shared.storage import LocalStore, Store, open_store
+
+log = structlog.get_logger()
+
+CHUNKS_IN_FLIGHT = 64
+NAMED_IN_ERRORS = 10
+DUCKDB_MEMORY = "512MB"
+READ_BYTES = 8 * 2**20
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of a final."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a final consists of and what it was made from."""
+
+    run: str
+    final: str
+    label_digest: str
+    recipe: str
+    code: str
+    finalize: dict[str, object]
+    """The finalize parts of the run file."""
+    base_sha256: str | None
+    passes: int
+    images: int
+    records: dict[str, int]
+    """Images by outcome: ok, empty, failed, missing."""
+    failed: dict[str, int]
+    """Failed images by reason."""
+    chunks: list[tuple[int, int, str]]
+    """(pass, chunk, digest) of every chunk that went in, in plan order."""
+    files: list[FileEntry]
+
+
+class Ref(msgspec.Struct, frozen=True):
+    """A numbered reference to a final; the newest is "latest"."""
+
+    final: str
+    passes: int
+    covered: int
+    """Images with an ok or empty record."""
+
+
+@dataclass(frozen=True)
+class Finalized:
+    """A published final."""
+
+    digest: str
+    manifest: Manifest
+    summary: Summary
+    is_latest: bool
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    pass_index: int
+    chunk: int
+    digest: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The chunks of a run on local disk, and those that are missing or damaged."""
+
+    chunks: list[_Chunk]
+    missing: list[tuple[int, int, str]]
+    """(pass, chunk, why)."""
+    passes: int
+
+
+class ScratchWriter:
+    """Files of a final, in a scratch folder until they are published."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """Open a new file of the final for writing."""
+        with self.path(name).open("xb") as stream:
+            yield stream
+
+    def path(self, name: str) -> Path:
+        """Return where a file of the final is to be written by another writer."""
+        return self.folder / name
+
+
+def gather_chunks(store: Store, plan: RunPlan, scratch: Path) -> Gathered:
+    """Bring every chunk that the plan names to local disk and check each byte; nothing is taken from a listing."""
+    keys = RunKeys(plan.run)
+    passes = read_passes(store, plan)
+    wanted = [(p.index, chunk) for p in passes for chunk in range(p.chunks)]
+
+    def fetch(place: tuple[int, int]) -> _Chunk | tuple[int, int, str]:
+        pass_index, chunk = place
+        key = keys.chunk(pass_index, chunk)
+        try:
+            data = store.get(key)
+            meta = check_chunk_of(data, plan, pass_index, chunk)
+        except KeyMissing:
+            return (pass_index, chunk, "missing")
+        except CorruptError as error:
+            log.warning("damaged chunk counts as missing", key=key, error=str(error))
+            return (pass_index, chunk, str(error))
+        if isinstance(store, LocalStore):
+            return _Chunk(pass_index, chunk, meta.digest, store.path_of(key))
+        path = scratch / f"{pass_index}-{chunk:06d}.parquet"
+        path.write_bytes(data)
+        return _Chunk(pass_index, chunk, meta.digest, path)
+
+    workers = 2 if isinstance(store, LocalStore) else CHUNKS_IN_FLIGHT
+    with ThreadPoolExecutor(workers, thread_name_prefix="gather") as pool:
+        found = list(pool.map(fetch, wanted))
+    return Gathered(
+        [item for item in found if isinstance(item, _Chunk)],
+        [item for item in found if not isinstance(item, _Chunk)],
+        len(passes),
+    )
+
+
+@contextmanager
+def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[RecordTable]:
+    """Open the records of a run: an image's newest `ok` or `empty` record, else its newest `failed`."""
+    connection = duckdb.connect(
+        config={"memory_limit": DUCKDB_MEMORY, "temp_directory": str(scratch / "duckdb"), "autoinstall_known_extensions": False}
+    )
+    try:
+        by_pass: dict[int, list[str]] = {}
+        for item in gathered.chunks:
+            by_pass.setdefault(item.pass_index, []).append(str(item.path))
+        if not by_pass:
+            raise CoverageError(f"run {plan.run}: none of its chunks is there; label it first")
+        for pass_index, paths in by_pass.items():
+            connection.read_parquet(paths).create_view(f"pass_{pass_index}")
+        if list(by_pass) == [0]:
+            connection.execute("create view records as select * from pass_0")
+        else:
+            union = " union all ".join(
+                f"select row, status, {p} as pass from pass_{p}"
+                + (" where row in (select row from relabelled)" if p == 0 else "")
+                for p in by_pass
+            )
+            later = " union all ".join(f"select row from pass_{p}" for p in by_pass if p > 0)
+            connection.execute(f"create temp table relabelled as select distinct row from ({later})")
+            connection.execute(
+                "create temp table chosen as select row, "
+                "coalesce(max(pass) filter (status <> 'failed'), max(pass)) as pass "
+                f"from ({union}) group by row"
+            )
+            parts = [
+                f"select p.* from pass_{p} p join chosen c on c.row = p.row and c.pass = {p}" for p in by_pass if p > 0
+            ]
+            if 0 in by_pass:
+                parts.insert(
+                    0,
+                    "select * from pass_0 where row not in (select row from relabelled) or "
+                    "row in (select row from chosen where pass = 0)",
+                )
+            connection.execute("create view records as " + " union all ".join(parts))
+        yield RecordTable(connection, plan.images)
+    finally:
+        connection.close()
+
+
+def count_outcomes(table: RecordTable) -> tuple[dict[str, int], dict[str, int]]:
+    """Return (images by outcome with `missing`, failed images by reason).
+
+    Raises:
+        CorruptError: an image has two records.
+    """
+    rows = table.connection.execute(
+        "select status, reason, count(*), count(distinct row) from records group by all order by all"
+    ).fetchall()
+    outcomes = {"ok": 0, "empty": 0, "failed": 0}
+    failed: dict[str, int] = {}
+    for status, reason, count, _ in rows:
+        outcomes[status] += count
+        if reason is not None:
+            failed[reason] = failed.get(reason, 0) + count
+    total, distinct = table.connection.execute("select count(*), count(distinct row) from records").fetchall()[0]
+    if total != distinct:
+        raise CorruptError(f"{total - distinct} images have more than one record; run `mill verify`")
+    outcomes["missing"] = table.images - total
+    return outcomes, failed
+
+
+def check_coverage(
+    config: RunConfig, plan: RunPlan, store: Store, gathered: Gathered, table: RecordTable, base: CocoBase | None,
+    outcomes: dict[str, int], failed: dict[str, int],
+) -> None:  # fmt: skip
+    """Refuse a run that lacks too much.
+
+    Raises:
+        CoverageError: names images, reasons, the effect per class and what to do.
+    """
+    limits = config.limits
+    problems = []
+    coverage = 1 - outcomes["missing"] / plan.images
+    if coverage < limits.min_coverage:
+        missing = ", ".join(f"{chunk} ({why})" for _, chunk, why in gathered.missing[:NAMED_IN_ERRORS])
+        more = len(gathered.missing) - NAMED_IN_ERRORS
+        problems.append(
+            f"{outcomes['missing']} of {plan.images} images have no record (coverage {coverage:.4f}, limits.min_coverage "
+            f"{limits.min_coverage:g}); chunks {missing}{f' and {more} more' if more > 0 else ''}: label them, "
+            "with --repair where they are damaged"
+        )
+    share = outcomes["failed"] / plan.images
+    if share > limits.max_failed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(failed.items()))
+        named = table.connection.execute(
+            "select key, reason from records where status = 'failed' order by row limit ?", [NAMED_IN_ERRORS]
+        ).fetchall()
+        images = ", ".join(f"{key} ({reason})" for key, reason in named)
+        more = outcomes["failed"] - len(named)
+        problems.append(
+            f"{outcomes['failed']} of {plan.images} images failed (share {share:.4f}, limits.max_failed "
+            f"{limits.max_failed:g}): {reasons}; {images}{f' and {more} more' if more > 0 else ''}: mend them and run "
+            "`mill plan --again`, or raise limits.max_failed"
+        )
+    if not problems:
+        return
+    if base is not None:
+        recorded = "select image_id from records where status <> 'failed'"
+        present = {row[0] for row in table.connection.execute(recorded).fetchall()}
+        lost = {image.image_id for _, image in read_images(store, plan)} - present
+        effect = annotations_per_class(base, lost)
+        total = annotations_per_class(base, None)
+        worst = sorted(effect, key=lambda name: (-effect[name] / total[name], name))[:NAMED_IN_ERRORS]
+        problems.append(
+            "base annotations on these images: "
+            + (", ".join(f"{name} {effect[name]} of {total[name]}" for name in worst) or "none")
+        )
+    raise CoverageError(f"run {plan.run}: " + "; ".join(problems))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_file(url: str, config: RunConfig, scratch: Path, what: str) -> Path:
+    """Return a local path of a file that is named by a path or an `s3://` URL.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not url.startswith("s3://"):
+        if not Path(url).is_file():
+            raise ConfigError(f"{what}: no such file: {url}")
+        return Path(url)
+    parent, _, name = url.rpartition("/")
+    path = scratch / name
+    try:
+        open_store(parent, config.storage).get_file(name, path)
+    except KeyMissing as error:
+        raise ConfigError(f"{what}: no such object: {url}") from error
+    return path
+
+
+def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
+    """Make and publish a final of a run; the same input gives the same digest and the same bytes.
+
+    Raises:
+        CoverageError: too few records, or too many failed ones.
+        InvariantError: the bundle would break a rule of the trainer.
+        ConfigError: the base file or the finalize part of the config is wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="mill-finalize-", dir=_scratch_parent(store)) as name:
+        scratch = Path(name)
+        settings = config.finalize
+        base_path = None if settings.base is None else local_file(settings.base, config, scratch, "finalize.base")
+        with ThreadPoolExecutor(1) as pool:
+            base_digest = None if base_path is None else pool.submit(file_sha256, base_path)
+            gathered = gather_chunks(store, plan, scratch)
+            base_sha256 = None if base_digest is None else base_digest.result()
+        base = open_base(base_path, settings.taxonomy, settings.base_classes)
+        finalize_part = {
+            "finalize": settings.model_dump(mode="json", exclude={"base"}),
+            "recipe": config.recipe.finalize.model_dump(mode="json"),
+        }
+        chunks = [(item.pass_index, item.chunk, item.digest) for item in gathered.chunks]
+        digest = digest_of(
+            {"config": finalize_part, "plan": plan.label_digest, "chunks": chunks, "base": base_sha256, "code": code_version()}
+        )[:16]
+        with record_table(gathered, plan, scratch) as table:
+            outcomes, failed = count_outcomes(table)
+            check_coverage(config, plan, store, gathered, table, base, outcomes, failed)
+            existing = read_manifest(store, plan.run, digest)
+            if existing is not None:
+                log.info("this final exists already", final=digest)
+                summary = msgspec.json.decode(store.get(RunKeys(plan.run).final(digest, "summary.json")), type=Summary)
+                return Finalized(digest, existing, summary, _publish_ref(store, plan.run, existing))
+            writer = ScratchWriter(scratch / "final")
+            summary = finalize_recipe(config, table, base, writer)
+        with writer.create("summary.json") as stream:
+            stream.write(msgspec.json.format(msgspec.json.encode(summary), indent=1))
+        manifest = Manifest(
+            run=plan.run, final=digest, label_digest=plan.label_digest, recipe=plan.recipe, code=code_version(),
+            finalize=finalize_part, base_sha256=base_sha256, passes=gathered.passes, images=plan.images,
+            records=outcomes, failed=failed, chunks=chunks, files=_publish_files(store, plan.run, digest, writer.folder),
+        )  # fmt: skip
+        store.put_new(RunKeys(plan.run).manifest(digest), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        return Finalized(digest, manifest, summary, _publish_ref(store, plan.run, manifest))
+
+
+def _scratch_parent(store: Store) -> Path | None:
+    """Scratch lies on the store's own disk where the store is a path, so that finals move instead of being copied."""
+    return store.scratch_folder() if isinstance(store, LocalStore) else None
+
+
+def _publish_files(store: Store, run: str, digest: str, folder: Path) -> list[FileEntry]:
+    keys = RunKeys(run)
+
+    def publish(path: Path) -> FileEntry:
+        entry = FileEntry(path.name, path.stat().st_size, file_sha256(path))
+        store.put_file(keys.final(digest, path.name), path)
+        return entry
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(publish, sorted(folder.iterdir())))
+
+
+def read_manifest(store: Store, run: str, digest: str) -> Manifest | None:
+    """Return the manifest of a final, or None: a final without one does not exist."""
+    key = RunKeys(run).manifest(digest)
+    try:
+        return msgspec.json.decode(store.get(key), type=Manifest)
+    except KeyMissing:
+        return None
+    except msgspec.DecodeError as error:
+        raise CorruptError(f"{key}: cannot be read: {error}") from error
+
+
+def read_refs(store: Store, run: str) -> list[Ref]:
+    """Return the numbered references to finals, oldest first."""
+    refs = []
+    while True:
+        try:
+            refs.append(msgspec.json.decode(store.get(RunKeys(run).ref(len(refs) + 1)), type=Ref))
+        except KeyMissing:
+            return refs
+
+
+def latest_final(store: Store, run: str) -> str:
+    """Return the digest of the newest referenced final.
+
+    Raises:
+        ConfigError: the run has none.
+    """
+    refs = read_refs(store, run)
+    if not refs:
+        raise ConfigError(f"run {run}: no final yet; make one with `mill finalize`")
+    return refs[-1].final
+
+
+def _publish_ref(store: Store, run: str, manifest: Manifest) -> bool:
+    """Make the final the latest, unless the newest one covers more; True where it is the latest now."""
+    ref = Ref(manifest.final, manifest.passes, manifest.records["ok"] + manifest.records["empty"])
+    while True:
+        refs = read_refs(store, run)
+        if refs and refs[-1].final == ref.final:
+            return True
+        if refs and (ref.passes, ref.covered) < (refs[-1].passes, refs[-1].covered):
+            log.warning("the newest final covers more; this one does not become the latest", latest=refs[-1].final)
+            return False
+        try:
+            store.put_new(RunKeys(run).ref(len(refs) + 1), msgspec.json.encode(ref))
+        except AlreadyExists:
+            continue
+        return True
+
+
+def fetch_final(store: Store, run: str, digest: str, folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Bring a final's files to a folder, each checked against the manifest before it gets its name.
+
+    Args:
+        store: the run's store.
+        run: the run's id.
+        digest: the final.
+        folder: is made where it is missing.
+        names: which files; default: all.
+
+    Raises:
+        ConfigError: no such final, or no such file in it.
+        CorruptError: a file does not match its digest; nothing under that name is left.
+    """
+    manifest = read_manifest(store, run, digest)
+    if manifest is None:
+        raise ConfigError(f"run {run}: no final {digest}; see the refs, or make one with `mill finalize`")
+    entries = {entry.name: entry for entry in manifest.files}
+    unknown = [name for name in names if name not in entries]
+    if unknown:
+        raise ConfigError(f"final {digest}: no file {', '.join(unknown)}; it has {', '.join(entries)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+        for name in names or entries:
+            part = Path(scratch) / name
+            store.get_file(RunKeys(run).final(digest, name), part)
+            if file_sha256(part) != entries[name].sha256:
+                raise CorruptError(f"{RunKeys(run).final(digest, name)}: does not match the manifest's SHA-256")
+            paths.append(Path(shutil.move(part, folder / name)))
+    (folder / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    return [*paths, folder / "manifest.json"]
