@@ -305,7 +305,8 @@ def _paint(
         strip = slice(int(rows[0]), int(rows[-1]) + 1)
         canvas[strip] += (colour + shade[strip] - canvas[strip]) * alpha[strip, :, None]
     canvas += np.float32(3) * rng.standard_normal((FRAME, FRAME, 1), np.float32)
-    return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
+    image: Image = np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
+    return image
 
 
 def _widen(mask: Mask) -> Mask:
