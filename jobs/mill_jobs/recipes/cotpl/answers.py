@@ -8,8 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from mill_jobs.recipes.cotpl.prompts import LAYER_ANSWERS, PRESENCE_ANSWERS
-
 Layer = Literal["foreground", "background"]
 
 MAX_NAME_WORDS = 3
@@ -46,26 +44,17 @@ def strict_choice(raw: str, choices: Sequence[str]) -> str | None:
 
     Letter case never matters. A choice is named when it stands in the answer as a word of its own (`Yes.`,
     `Answer: Yes`, `The object is in the foreground`). The answer is refused if another choice occurs in it too, even
-    within a word (`No, eyes closed` holds `yes`), or if it holds a negation (`not in the foreground`).
-    Source: specs/cotpl.md 8.4.
+    within a word (`No, eyes closed` holds `yes`), or if it holds a negation (`not in the foreground`). An empty answer
+    means Unsure where that is a choice. Source: specs/cotpl.md 8.4.
     """
+    if not raw.strip() and "Unsure" in choices:
+        return "Unsure"
     text = raw.casefold()
     occurring = [choice for choice in choices if choice.casefold() in text]
     if len(occurring) != 1 or _NEGATION.search(raw):
         return None
     word = rf"(?<!\w){re.escape(occurring[0].casefold())}(?!\w)"
     return occurring[0] if re.search(word, text) else None
-
-
-def strict_presence(raw: str) -> bool | None:
-    """Return True for Yes, False for No, Unsure and an empty answer, None where question 1 is to be asked again.
-
-    Nothing said means nothing seen. Source: specs/cotpl.md 1.6 (No and Unsure are treated alike), 8.4 (row 6).
-    """
-    if not raw.strip():
-        return False
-    choice = strict_choice(raw, PRESENCE_ANSWERS)
-    return None if choice is None else choice == "Yes"
 
 
 def strict_name(raw: str) -> str | None:
@@ -84,14 +73,3 @@ def strict_name(raw: str) -> str | None:
     if _NO_NAME.search(name) or not any(map(str.isalnum, name)) or not _SENTENCE_WORDS.isdisjoint(words):
         return None
     return name
-
-
-def strict_layer(raw: str) -> Layer | None:
-    """Return the layer, or None where question 3 is to be asked again. Source: specs/cotpl.md 8.4."""
-    match strict_choice(raw, LAYER_ANSWERS):
-        case None:
-            return None
-        case "Foreground":
-            return "foreground"
-        case _:
-            return "background"

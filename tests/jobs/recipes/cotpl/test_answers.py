@@ -11,9 +11,7 @@ from mill_jobs.recipes.cotpl.answers import (
     reference_name,
     reference_presence,
     strict_choice,
-    strict_layer,
     strict_name,
-    strict_presence,
 )
 from mill_jobs.recipes.cotpl.prompts import LAYER_ANSWERS, PRESENCE_ANSWERS
 
@@ -71,7 +69,7 @@ def test_strict_keeps_the_name_while_question_3_is_asked_again() -> None:
         ("Yes, but not in colour", None),
         ("yesterday", None),
         ("Yes, I know it", None),
-        (" ", None),
+        (" ", "Unsure"),
     ],
 )
 def test_choice_needs_one_allowed_word_and_no_denial(raw: str, expected: str | None) -> None:
@@ -80,7 +78,7 @@ def test_choice_needs_one_allowed_word_and_no_denial(raw: str, expected: str | N
 
 @pytest.mark.parametrize("raw", ["It is not in the foreground", "foreground or background", "It isn't background"])
 def test_layer_is_asked_again_when_denied_or_undecided(raw: str) -> None:
-    assert strict_layer(raw) is None
+    assert strict_choice(raw, LAYER_ANSWERS) is None
 
 
 @pytest.mark.parametrize(
@@ -131,13 +129,13 @@ def test_an_exact_choice_survives_any_case_and_padding(space: str, choices: tupl
 
 
 def _strict(presence: str, name: str, layer: str) -> object:
-    seen = strict_presence(presence)
+    seen = strict_choice(presence, PRESENCE_ANSWERS)
     if seen is None:
         return "retry Q1"
-    if not seen:
+    if seen != "Yes":
         return DROPPED
     plain = strict_name(name)
     if plain is None:
         return "retry Q2"
-    where = strict_layer(layer)
-    return "retry Q3" if where is None else (where, plain)
+    where = strict_choice(layer, LAYER_ANSWERS)
+    return "retry Q3" if where is None else (where.lower(), plain)
