@@ -16,7 +16,7 @@ import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mill_jobs.config import RunConfig
-from mill_jobs.progress import WORKING, HeartbeatWriter, new_heartbeat, read_heartbeat
+from mill_jobs.progress import WAITING, WORKING, HeartbeatWriter, new_heartbeat, read_heartbeat
 from mill_jobs.recipes.base import Labeller, Outcome, Sample
 from mill_shared.errors import (
     AlreadyExists,
@@ -128,15 +128,15 @@ class LabelWorker:
     def __init__(
         self, config: RunConfig, plan: RunPlan, label_pass: LabelPass, shard: Shard, *, store: Store, images: Store,
         make_labeller: Callable[[], Labeller], one_by_one: bool = False, repair: bool = False,
-        only_chunks: Sequence[int] | None = None, parent: int | None = None,
+        parent: int | None = None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._pass, self._shard = config, plan, label_pass, shard
         self._store, self._images, self._make_labeller = store, images, make_labeller
         self._one_by_one, self._repair, self._parent = one_by_one, repair, parent
-        self._only = None if only_chunks is None else frozenset(only_chunks)
         self._keys = RunKeys(plan.run)
         self._failures_in_a_row = 0
         self._halvings = 0
+        self._heart: HeartbeatWriter | None = None
         self._committed = 0
         self._failed: dict[str, int] = {}
 
@@ -148,7 +148,7 @@ class LabelWorker:
             CoverageError: more images failed than the run may lose.
             ConfigError: wrong for every worker, while nothing is committed.
         """
-        mine = [k for k in self._shard.chunks(self._pass.chunks) if self._only is None or k in self._only]
+        mine = self._shard.chunks(self._pass.chunks)
         done = self._done(mine)
         overwrite = self._damaged(done) if self._repair else frozenset()
         todo = [chunk for chunk in mine if chunk not in done or chunk in overwrite]
@@ -174,13 +174,14 @@ class LabelWorker:
         with HeartbeatWriter(
             self._store, self._keys, first, interval_s=limits.heartbeat_s, stalled_after_s=limits.stalled_after_s,
             parent=self._parent,
-        ) as self._heart:  # fmt: skip
+        ) as heart:  # fmt: skip
+            self._heart = heart
             chunks_done = len(mine) - len(todo)
             images_done = sum(sizes.values()) - sum(sizes[chunk] for chunk in todo)
-            self._heart.update(chunks_done=chunks_done, images_done=images_done, suspects=suspects, write=True)
+            heart.update(chunks_done=chunks_done, images_done=images_done, suspects=suspects, write=True)
             try:
                 labeller = self._wait_out(self._make_labeller, "the models")
-                self._heart.update(progressed=True)
+                heart.update(progressed=True)
                 for batch in self._fetched(todo, overwrite):
                     if batch is not None:
                         records = self._label(labeller, batch, frozenset(suspects))
@@ -189,7 +190,7 @@ class LabelWorker:
                         images_done += len(records)
                         self._check_failed(records)
                     chunks_done += 1
-                    self._heart.update(
+                    heart.update(
                         progressed=True, chunks_done=chunks_done, images_done=images_done, images_labelled=labelled,
                         failed=dict(self._failed), chunk_in_hand=None, row_in_hand=None,
                     )  # fmt: skip
@@ -226,7 +227,7 @@ class LabelWorker:
                     if not waiting:
                         waiting.append(self._start_fetch(pool, chunk, table))
                     batch = waiting.pop()
-                    self._heart.update(chunk_in_hand=chunk, write=True)
+                    self._beat(chunk_in_hand=chunk, write=True)
                     key = self._keys.chunk(self._pass.index, chunk)
                     if chunk not in overwrite and self._wait_out(lambda key=key: self._store.exists(key), "the store"):
                         log.info("chunk committed by another worker", chunk=chunk)
@@ -278,9 +279,9 @@ class LabelWorker:
                 )
         if self._one_by_one:
             for sample in samples:
-                self._heart.update(row_in_hand=sample.row, write=True)
+                self._beat(row_in_hand=sample.row, write=True)
                 records += self._label_samples(labeller, [sample])
-            self._heart.update(row_in_hand=None)
+            self._beat(row_in_hand=None)
         elif samples:
             records += self._label_samples(labeller, samples)
         return records
@@ -305,7 +306,7 @@ class LabelWorker:
             fault = ImageError(MODEL_FAILURE, f"{type(error).__name__}: {error}")
         else:
             self._failures_in_a_row = 0
-            self._heart.update(progressed=True)
+            self._beat(progressed=True)
             return [self._stored(outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)]
         if len(samples) > 1:
             log.warning("a batch failed; working image by image", images=len(samples), error=str(fault))
@@ -364,8 +365,7 @@ class LabelWorker:
             error = state.outcome.exception() if state.outcome else None
             pause_s = round(state.next_action.sleep, 1) if state.next_action else 0
             log.warning("waiting", what=what, error=str(error), pause_s=pause_s)
-            if hasattr(self, "_heart"):
-                self._heart.update(state="waiting")
+            self._beat(state=WAITING)
 
         for attempt in Retrying(
             retry=retry_if_exception(lambda e: isinstance(e, OutsideError) and not isinstance(e, DeviceLostError)),
@@ -377,9 +377,13 @@ class LabelWorker:
         ):
             with attempt:
                 found = action()
-        if hasattr(self, "_heart") and self._heart.beat.state == "waiting":
-            self._heart.update(state=WORKING)
+        if self._heart is not None and self._heart.beat.state == WAITING:
+            self._beat(state=WORKING)
         return found
+
+    def _beat(self, *, progressed: bool = False, write: bool = False, **changes: object) -> None:
+        if self._heart is not None:
+            self._heart.update(progressed=progressed, write=write, **changes)
 
 
 def _failed_sample(sample: Sample, error: ImageError) -> ImageRecord:

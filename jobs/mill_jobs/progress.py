@@ -19,6 +19,8 @@ log = structlog.get_logger()
 
 WORKING = "working"
 """The state of a worker that did not say how it ended: alive, or dead."""
+WAITING = "waiting"
+"""The state of a worker for which something outside is unavailable."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +68,7 @@ def active_heartbeats(store: Store, keys: RunKeys, *, now: float, fresh_s: float
             beat = msgspec.json.decode(store.get(entry.key), type=Heartbeat)
         except (KeyMissing, msgspec.DecodeError):
             continue
-        if beat.state in (WORKING, "waiting") and now - beat.updated_at < fresh_s:
+        if beat.state in (WORKING, WAITING) and now - beat.updated_at < fresh_s:
             active.append(beat)
     return active
 
@@ -130,7 +132,7 @@ class HeartbeatWriter:
             if self._parent is not None and os.getppid() != self._parent:
                 log.error("the parent process is gone; ending")
                 self._exit_process(ExitCode.INTERRUPTED)
-            if self.beat.state == "waiting":
+            if self.beat.state == WAITING:
                 self._last_progress = time.monotonic()
             elif time.monotonic() - self._last_progress > self._stalled_after_s:
                 log.error(
