@@ -1,0 +1,1 @@
+"""What runs in a pod or on a laptop: plan, label, finalize, verify, evaluate."""

@@ -17,16 +17,16 @@ from typing import BinaryIO
 import duckdb
 import msgspec
 import structlog
+from mill_shared.coco import CocoBase, annotations_per_class, open_base
+from mill_shared.storage import LocalStore, Store, open_store
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import check_chunk_of
-from mill_jobs.recipes.choose import finalize_recipe
 from mill_jobs.recipes.base import RecordTable, Summary
-from mill_shared.coco import CocoBase, annotations_per_class, open_base
+from mill_jobs.recipes.choose import finalize_recipe
 from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, CoverageError, KeyMissing
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, code_version, digest_of, read_images, read_passes
-from mill_shared.storage import LocalStore, Store, open_store
 
 log = structlog.get_logger()
 
@@ -158,7 +158,11 @@ def gather_chunks(store: Store, plan: RunPlan, scratch: Path) -> Gathered:
 def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[RecordTable]:
     """Open the records of a run: an image's newest `ok` or `empty` record, else its newest `failed`."""
     connection = duckdb.connect(
-        config={"memory_limit": DUCKDB_MEMORY, "temp_directory": str(scratch / "duckdb"), "autoinstall_known_extensions": False}
+        config={
+            "memory_limit": DUCKDB_MEMORY,
+            "temp_directory": str(scratch / "duckdb"),
+            "autoinstall_known_extensions": False,
+        }
     )
     try:
         by_pass: dict[int, list[str]] = {}
@@ -236,8 +240,8 @@ def check_coverage(
         missing = ", ".join(f"{chunk} ({why})" for _, chunk, why in gathered.missing[:NAMED_IN_ERRORS])
         more = len(gathered.missing) - NAMED_IN_ERRORS
         problems.append(
-            f"{outcomes['missing']} of {plan.images} images have no record (coverage {coverage:.4f}, limits.min_coverage "
-            f"{limits.min_coverage:g}); chunks {missing}{f' and {more} more' if more > 0 else ''}: label them, "
+            f"{outcomes['missing']} of {plan.images} images have no record (coverage {coverage:.4f}, "
+            f"limits.min_coverage {limits.min_coverage:g}); chunks {missing}{f' and {more} more' if more > 0 else ''}: label them, "
             "with --repair where they are damaged"
         )
     share = outcomes["failed"] / plan.images
@@ -320,7 +324,13 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
         }
         chunks = [(item.pass_index, item.chunk, item.digest) for item in gathered.chunks]
         digest = digest_of(
-            {"config": finalize_part, "plan": plan.label_digest, "chunks": chunks, "base": base_sha256, "code": code_version()}
+            {
+                "config": finalize_part,
+                "plan": plan.label_digest,
+                "chunks": chunks,
+                "base": base_sha256,
+                "code": code_version(),
+            }
         )[:16]
         with record_table(gathered, plan, scratch) as table:
             outcomes, failed = count_outcomes(table)
@@ -337,7 +347,8 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
         manifest = Manifest(
             run=plan.run, final=digest, label_digest=plan.label_digest, recipe=plan.recipe, code=code_version(),
             finalize=finalize_part, base_sha256=base_sha256, passes=gathered.passes, images=plan.images,
-            records=outcomes, failed=failed, chunks=chunks, files=_publish_files(store, plan.run, digest, writer.folder),
+            records=outcomes, failed=failed, chunks=chunks,
+            files=_publish_files(store, plan.run, digest, writer.folder),
         )  # fmt: skip
         store.put_new(RunKeys(plan.run).manifest(digest), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
         return Finalized(digest, manifest, summary, _publish_ref(store, plan.run, manifest))

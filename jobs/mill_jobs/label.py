@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import structlog
+from mill_shared.pictures import Picture, decode_picture
+from mill_shared.storage import Store
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mill_jobs.config import RunConfig
@@ -31,10 +33,8 @@ from mill_shared.errors import (
     OutsideError,
 )
 from mill_shared.keys import RunKeys
-from mill_shared.pictures import Picture, decode_picture
 from mill_shared.plan import ImageRow, LabelPass, RunPlan, read_images
 from mill_shared.records import ChunkMeta, ImageRecord, check_chunk, encode_chunk
-from mill_shared.storage import Store
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -217,7 +217,7 @@ class LabelWorker:
         return frozenset(found)
 
     def _fetched(self, todo: Sequence[int], overwrite: frozenset[int]) -> "Iterator[_Batch | None]":
-        """Yield each chunk with its pictures on the way, one chunk ahead; None for one that another worker committed."""
+        """Yield each chunk with its pictures on the way, one ahead; None for one that another worker committed."""
         rows = {row for chunk in todo for row in self._pass.chunk_rows(chunk)}
         table = dict(read_images(self._store, self._plan, rows))
         with ThreadPoolExecutor(FETCHES_IN_FLIGHT, thread_name_prefix="fetch") as pool:
@@ -275,7 +275,9 @@ class LabelWorker:
                 records.append(failed_record(row, image, error, picture))
             else:
                 samples.append(
-                    Sample(row, image.image_id, image.key, picture.image_rgb, picture.width, picture.height, picture.scale)
+                    Sample(
+                        row, image.image_id, image.key, picture.image_rgb, picture.width, picture.height, picture.scale
+                    )
                 )
         if self._one_by_one:
             for sample in samples:
@@ -300,7 +302,7 @@ class LabelWorker:
             fault = error
         except MillError:
             raise
-        except Exception as error:  # noqa: BLE001 - a recipe or model may raise anything; it must cost one image, not the chunk
+        except Exception as error:
             if len(samples) == 1:
                 log.exception("labelling failed", row=samples[0].row, image=samples[0].key)
             fault = ImageError(MODEL_FAILURE, f"{type(error).__name__}: {error}")
@@ -327,12 +329,17 @@ class LabelWorker:
         files = dict(outcome.record.files)
         for name, data in outcome.files.items():
             files[name] = hashlib.sha256(data).hexdigest()
-            self._wait_out(lambda data=data, sha=files[name]: self._store.put_new(self._keys.blob(sha), data), "the store")
+            self._wait_out(
+                lambda data=data, sha=files[name]: self._store.put_new(self._keys.blob(sha), data), "the store"
+            )
         return replace(map_to_original(outcome.record, sample), files=files)
 
     def _commit(self, chunk: int, records: Sequence[ImageRecord], labeller: Labeller, *, overwrite: bool) -> None:
         meta = ChunkMeta(
-            label_digest=self._plan.label_digest, pass_index=self._pass.index, chunk=chunk, batch_halvings=self._halvings
+            label_digest=self._plan.label_digest,
+            pass_index=self._pass.index,
+            chunk=chunk,
+            batch_halvings=self._halvings,
         )
         data = encode_chunk(records, meta, labeller.evidence)
         key = self._keys.chunk(self._pass.index, chunk)
@@ -354,8 +361,8 @@ class LabelWorker:
         if failed > max(limit * self._plan.images, FAILED_BEFORE_STOP):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self._failed.items()))
             raise CoverageError(
-                f"{failed} of this shard's images failed ({reasons}), more than max_failed {limit:g} allows the whole run; "
-                "mend the cause or raise limits.max_failed, then label again"
+                f"{failed} of this shard's images failed ({reasons}), more than max_failed {limit:g} allows the whole "
+                "run; mend the cause or raise limits.max_failed, then label again"
             )
 
     def _wait_out(self, action: Callable[[], T], what: str) -> T:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import IO
 
 import structlog
+from mill_shared.storage import LocalStore, Store
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,7 +23,6 @@ from mill_jobs.progress import read_heartbeat
 from mill_shared.errors import ConfigError, CoverageError, ExitCode, MillError, OutsideError
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, read_passes
-from mill_shared.storage import LocalStore, Store
 
 log = structlog.get_logger()
 
@@ -41,7 +41,7 @@ def visible_gpus() -> list[str]:
         return [gpu for gpu in given.split(",") if gpu and gpu != "-1"]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
 
 
@@ -78,7 +78,15 @@ def run_workers(
     Raises:
         MillError: a worker ended for good; the error says why, all others were ended.
     """
-    command = [sys.executable, "-m", "mill_jobs.cli", "label", run_file, *(f"--set={item}" for item in assignments), *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "mill_jobs.cli",
+        "label",
+        run_file,
+        *(f"--set={item}" for item in assignments),
+        *extra,
+    ]
     gpus = visible_gpus()
     on_terminal = console.is_terminal
 
@@ -86,8 +94,11 @@ def run_workers(
         environment = dict(os.environ)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[shard % len(gpus)]
-        return subprocess.Popen(  # noqa: S603
-            [*command, f"--shard={shard}/{workers}", "--with-parent"], env=environment, text=True, stderr=subprocess.PIPE
+        return subprocess.Popen(
+            [*command, f"--shard={shard}/{workers}", "--with-parent"],
+            env=environment,
+            text=True,
+            stderr=subprocess.PIPE,
         )
 
     def read(stream: IO[str], worker: _Worker) -> None:
@@ -136,7 +147,9 @@ def run_workers(
                             raise _worker_error(worker, code)
                         else:
                             pause_s = min(2.0 ** (worker.started - 1), 30)
-                            log.warning("worker ended, starting it again", shard=worker.shard, code=code, pause_s=pause_s)
+                            log.warning(
+                                "worker ended, starting it again", shard=worker.shard, code=code, pause_s=pause_s
+                            )
                             interrupted = code in (-signal.SIGTERM, ExitCode.INTERRUPTED)
                             worker.started += 0 if interrupted else 1
                             worker.start_again_at = time.monotonic() + pause_s
@@ -157,8 +170,8 @@ def _worker_error(worker: _Worker, code: int) -> MillError:
     if code == ExitCode.COVERAGE:
         return CoverageError(text)
     return OutsideError(
-        f"worker {worker.shard} ended {worker.started} times, the last time with code {code}: {text}. What is committed is "
-        "kept; the same command goes on. If one image ends the process, `mill label --one-by-one` isolates it"
+        f"worker {worker.shard} ended {worker.started} times, the last time with code {code}: {text}. What is committed "
+        "is kept; the same command goes on. If one image ends the process, `mill label --one-by-one` isolates it"
     )
 
 
@@ -215,7 +228,11 @@ def _shown(console: Console, store: Store, plan: RunPlan, workers: int) -> "Iter
             rate = labelled / max(now - started, 1e-9)
             text = ", ".join(f"{count} {reason}" for reason, count in sorted(failed.items()))
             bar.update(
-                task, completed=done, total=total or None, rate=f"{rate:.2f} images/s", failed=f"failed: {text}" if text else ""
+                task,
+                completed=done,
+                total=total or None,
+                rate=f"{rate:.2f} images/s",
+                failed=f"failed: {text}" if text else "",
             )
             if not console.is_terminal and now - last_logged >= LOG_EVERY_S:
                 last_logged = now

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
+from mill_shared.storage import Store, open_store
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import LabelResult, LabelWorker, Shard
@@ -24,7 +25,6 @@ from mill_shared.plan import (
     write_pass,
     write_plan,
 )
-from mill_shared.storage import Store, open_store
 
 log = structlog.get_logger()
 
@@ -115,7 +115,9 @@ def label_shard(
     store, plan = plan_run(config)
     committed = images = 0
     for label_pass in read_passes(store, plan):
-        structlog.contextvars.bind_contextvars(run=plan.run, shard=f"{shard.index}/{shard.count}", label_pass=label_pass.index)
+        structlog.contextvars.bind_contextvars(
+            run=plan.run, shard=f"{shard.index}/{shard.count}", label_pass=label_pass.index
+        )
         worker = LabelWorker(
             config, plan, label_pass, shard, store=store, images=open_images(config),
             make_labeller=lambda: build_labeller(config), one_by_one=one_by_one, repair=repair, parent=parent,

@@ -5,11 +5,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mill_shared.storage import Store
+
 from mill_jobs.finalize import file_sha256, gather_chunks, read_manifest, read_refs, record_table
 from mill_shared.errors import CoverageError, KeyMissing
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, read_images
-from mill_shared.storage import Store
 
 
 @dataclass
@@ -47,7 +48,9 @@ def verify_run(store: Store, plan: RunPlan) -> Verified:
                     for row, image_id, key, files in batch:
                         image = rows.get(row)
                         if image is None or (image.image_id, image.key) != (image_id, key):
-                            found.problems.append(f"row {row}: the record is of image {image_id} {key}, not of the plan")
+                            found.problems.append(
+                                f"row {row}: the record is of image {image_id} {key}, not of the plan"
+                            )
                         if row in seen:
                             found.problems.append(f"row {row}: image {key} has two records")
                         seen.add(row)
@@ -78,4 +81,6 @@ def _check(found: Verified, store: Store, key: str, sha256: str) -> None:
             return
         actual = file_sha256(path) if path.stat().st_size else hashlib.sha256(b"").hexdigest()
         if actual != sha256:
-            found.problems.append(f"{key}: its SHA-256 is {actual[:12]}..., expected {sha256[:12]}...; finalize or label again")
+            found.problems.append(
+                f"{key}: its SHA-256 is {actual[:12]}..., expected {sha256[:12]}...; finalize or label again"
+            )

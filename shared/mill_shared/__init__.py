@@ -1,0 +1,1 @@
+"""What every job needs; knows no recipe and no Kubernetes."""

@@ -205,13 +205,13 @@ def list_coco_images(coco: bytes, name: str, store: Store) -> list[ImageRow]:
         names.add(image.file_name)
     present = {entry.key: entry for entry in store.list("") if entry.key in names}
     if not present:
-        raise ConfigError(f"{store.url}: none of the {len(listed)} images of {name} is there, e.g. {listed[0].file_name}")
+        raise ConfigError(
+            f"{store.url}: none of the {len(listed)} images of {name} is there, e.g. {listed[0].file_name}"
+        )
     rows = []
     for image in sorted(listed, key=lambda image: image.file_name):
         entry = present.get(image.file_name)
-        rows.append(
-            ImageRow(image.id, image.file_name, entry.size_bytes if entry else 0, entry.etag if entry else "")
-        )
+        rows.append(ImageRow(image.id, image.file_name, entry.size_bytes if entry else 0, entry.etag if entry else ""))
     return rows
 
 
@@ -235,10 +235,13 @@ def compare_identity(plan: RunPlan, identity: Mapping[str, Any], content: Mappin
             for name in sorted(plan.content.keys() | content.keys())
         ]
         pairs.append(("version of labelmill", plan.code, code_version()))
-    differing = [f"{name}: {planned!r} in the plan, {given!r} now" for name, planned, given in pairs if planned != given]
+    differing = [
+        f"{name}: {planned!r} in the plan, {given!r} now" for name, planned, given in pairs if planned != given
+    ]
     if differing:
         raise PlanMismatch(
-            f"run {plan.run} exists with another identity: {'; '.join(differing)}. Restore these, or choose another run id"
+            f"run {plan.run} exists with another identity: {'; '.join(differing)}. "
+            "Restore these, or choose another run id"
         )
 
 

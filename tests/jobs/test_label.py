@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import pytest
-from simulation import MemoryStore, StubLabeller, image_store, make_plan, png, run_config, stub_record
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import LabelResult, LabelWorker, Shard, map_to_original
@@ -13,6 +12,7 @@ from mill_shared.errors import ConfigError, CoverageError, DeviceMemoryError, Im
 from mill_shared.keys import RunKeys
 from mill_shared.plan import LabelPass, RunPlan
 from mill_shared.records import ImageRecord, decode_chunk
+from simulation import MemoryStore, StubLabeller, image_store, make_plan, png, run_config, stub_record
 
 KEYS = RunKeys("sim")
 
@@ -23,7 +23,8 @@ def label(
 ) -> LabelResult:  # fmt: skip
     return LabelWorker(
         config or run_config(), plan, LabelPass(0, range(plan.images), plan.chunk_size), Shard.parse(shard),
-        store=store, images=images, make_labeller=lambda: labeller or StubLabeller(), one_by_one=one_by_one, repair=repair,
+        store=store, images=images, make_labeller=lambda: labeller or StubLabeller(), one_by_one=one_by_one,
+        repair=repair,
     ).run()  # fmt: skip
 
 
@@ -120,7 +121,13 @@ def test_what_lies_outside_is_waited_out() -> None:
             raise OutsideError("connection refused")
 
     store, images = MemoryStore(), image_store(2)
-    label(store, images, make_plan(store, images), StubLabeller(back_at_third), config=run_config(limits={"outside_wait_s": 60}))
+    label(
+        store,
+        images,
+        make_plan(store, images),
+        StubLabeller(back_at_third),
+        config=run_config(limits={"outside_wait_s": 60}),
+    )
     assert [r.status for r in records(store)] == ["ok", "ok"]
 
 
@@ -140,7 +147,9 @@ def test_failures_in_a_row_end_the_process_without_a_commit() -> None:
 def test_unreadable_images_in_a_row_are_the_images_fault() -> None:
     images = MemoryStore({f"{index}.png": b"" for index in range(40)})
     store = MemoryStore()
-    label(store, images, make_plan(store, images), config=run_config(limits={"failures_in_a_row": 3, "max_failed": 1.0}))
+    label(
+        store, images, make_plan(store, images), config=run_config(limits={"failures_in_a_row": 3, "max_failed": 1.0})
+    )
     assert {r.reason for r in records(store)} == {"empty_file"}
 
 

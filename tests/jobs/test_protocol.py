@@ -9,13 +9,13 @@ from typing import Literal
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulation import Crash, MemoryStore, StubLabeller, image_store, make_plan, run_config
 
 from mill_jobs.label import LabelWorker, Shard
 from mill_shared.errors import MillError, OutsideError
 from mill_shared.keys import RunKeys
 from mill_shared.plan import LabelPass, RunPlan
 from mill_shared.records import decode_chunk
+from simulation import Crash, MemoryStore, StubLabeller, image_store, make_plan, run_config
 
 IMAGES = image_store(11)
 Event = Literal["crash_before", "crash_after", "lost_answer", "outage", "other_worker"]
@@ -93,7 +93,9 @@ def test_any_interleaving_of_commit_crash_and_retry_ends_in_the_same_bytes(
     simulation = Simulation(schedule)
     for shard, more in starts:
         simulation.work(Shard(shard % more, more))
-        assert chunks(simulation.store).items() <= EXPECTED.items(), "a committed chunk is whole and right at any moment"
+        assert chunks(simulation.store).items() <= EXPECTED.items(), (
+            "a committed chunk is whole and right at any moment"
+        )
     simulation.schedule = []
     simulation.work(Shard(0, 1))
     assert chunks(simulation.store) == EXPECTED

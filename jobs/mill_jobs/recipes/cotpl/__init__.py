@@ -1,0 +1,1 @@
+"""CoT-PL: regions from SAM, three questions to a vision-language model."""

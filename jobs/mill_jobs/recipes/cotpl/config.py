@@ -7,7 +7,13 @@ from pydantic import Field
 
 from mill_jobs.recipes.cotpl.prompts import DEFAULT_PROMPTS, Prompts
 from mill_shared.config import Role, Section
-from mill_shared.models.config import ChatConfig, MaskGeneratorSettings, MasksConfig, OracleChatConfig, OracleMasksConfig
+from mill_shared.models.config import (
+    ChatConfig,
+    MaskGeneratorSettings,
+    MasksConfig,
+    OracleChatConfig,
+    OracleMasksConfig,
+)
 
 
 class LabelConfig(Section):
@@ -82,7 +88,7 @@ class CotplFinalizeConfig(Section):
     masks: bool = False
     """Write each pseudo-label's mask as its `segmentation`."""
     legacy_files: bool = False
-    """Also write the original's own files: raw, unseen and top-k JSON, the COCO file in its layout, its printed lines."""
+    """Also write the original's files: raw, unseen and top-k JSON, the COCO file in its layout, its printed lines."""
 
 
 class CotplConfig(Section):

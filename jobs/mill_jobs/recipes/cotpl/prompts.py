@@ -64,8 +64,8 @@ DEFAULT_PROMPTS = Prompts(
         "Part of this picture is sharp and in colour; everything else is grey, blurred or black. "
         "Decide whether the sharp, coloured part shows at least one object that you can clearly see. "
         "Pay no attention to grey or blurred areas.\n"
-        "A dog in sharp colour: Yes. Nothing but grey, blurred shapes: No. An object that is cut off or hard to make out: "
-        "Unsure.\n"
+        "A dog in sharp colour: Yes. Nothing but grey, blurred shapes: No. An object that is cut off or hard to make "
+        "out: Unsure.\n"
         "Reply with a single word: Yes, No or Unsure."
     ),
     name=(

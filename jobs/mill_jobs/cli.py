@@ -1,0 +1,350 @@
+"""The command `mill`: parse, call, print. Everything heavy is imported by the command that needs it."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mill_shared.errors import ExitCode, MillError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mill_jobs.config import RunConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def run_file(command: F) -> F:
+    """Add the run file and `--set`; the command gets `path` and `assignments`."""
+    for decorate in (
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="PATH=VALUE",
+            help="Change one field, e.g. recipe.finalize.masks=true.",
+        ),
+        click.argument("path", metavar="RUN.yaml", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+final_option = click.option("--final", "digest", help="Which final, by its digest.  [default: the latest]")
+
+
+def _config(path: Path, assignments: tuple[str, ...]) -> "RunConfig":
+    from mill_jobs.config import read_config
+
+    return read_config(path, assignments)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=False, highlight=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="labelmill", prog_name="mill")
+def mill() -> None:
+    """Turn a folder of images into a trainer-ready set of pseudo-labels.
+
+    A run file (RUN.yaml) says which images, which models and where results go. `mill local RUN.yaml` does everything on
+    this machine; the other commands are its steps.
+
+    \b
+    Exit codes: 0 done, 2 usage, 70 defect of mill, 75 something outside was unavailable (try again), 76 stalled (try
+    again), 78 wrong configuration, 80 too few or too many failed records, 81 broken bundle, 82 damaged data.
+    """
+
+
+@mill.command()
+@run_file
+@click.option("--again", is_flag=True, help="Make the next pass: the images whose newest record is failed.")
+@click.option("--reason", "reasons", multiple=True, help="With --again: only images that failed for this reason.")
+def plan(path: Path, assignments: tuple[str, ...], again: bool, reasons: tuple[str, ...]) -> None:
+    """List the images and fix what the run is. Done once; later calls adopt it."""
+    from mill_jobs.run import plan_again, plan_run
+
+    config = _config(path, assignments)
+    if reasons and not again:
+        raise click.UsageError("--reason goes with --again")
+    if again:
+        count = plan_again(config, reasons)
+        click.echo(
+            f"{count} failed images are planned again; label the run" if count else "no failed images; nothing to do"
+        )
+        return
+    store, made = plan_run(config)
+    chunks = -(-made.images // made.chunk_size)
+    click.echo(
+        f"run {made.run}: {made.images} images in {chunks} chunks, label digest {made.label_digest[:8]}, in {store.url}"
+    )
+
+
+@mill.command()
+@run_file
+@click.option("--shard", default="0/1", show_default=True, metavar="s/S", help="Which part: chunks k with k mod S = s.")
+@click.option(
+    "--shards", type=click.IntRange(1), help="S, where Kubernetes says which shard this is (JOB_COMPLETION_INDEX)."
+)
+@click.option("--one-by-one", is_flag=True, help="Work image by image; isolates an image that ends the process.")
+@click.option("--repair", is_flag=True, help="Label damaged chunks again and overwrite them.")
+@click.option("--with-parent", is_flag=True, hidden=True, help="End when the process that started this one ends.")
+def label(
+    path: Path,
+    assignments: tuple[str, ...],
+    shard: str,
+    shards: int | None,
+    one_by_one: bool,
+    repair: bool,
+    with_parent: bool,
+) -> None:
+    """Label one shard of the run: whatever of it is not committed yet."""
+    from mill_jobs.label import Shard
+    from mill_jobs.run import label_shard
+
+    if shards is not None:
+        index = os.environ.get("JOB_COMPLETION_INDEX")
+        if index is None:
+            raise click.UsageError("--shards needs JOB_COMPLETION_INDEX in the environment; elsewhere use --shard s/S")
+        shard = f"{index}/{shards}"
+    try:
+        part = Shard.parse(shard)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    parent = os.getppid() if with_parent else None
+    label_shard(_config(path, assignments), part, one_by_one=one_by_one, repair=repair, parent=parent)
+
+
+@mill.command()
+@run_file
+def finalize(path: Path, assignments: tuple[str, ...]) -> None:
+    """Make a final of the run: classes, weights and a COCO file from the records. Seconds, no GPU."""
+    from mill_jobs.finalize import finalize_run
+    from mill_jobs.run import open_run
+    from mill_jobs.tables import print_final
+
+    config = _config(path, assignments)
+    store, made = open_run(config)
+    print_final(_console(), finalize_run(config, made, store), store.url)
+
+
+@mill.command()
+@run_file
+def verify(path: Path, assignments: tuple[str, ...]) -> None:
+    """Prove that every image has one record and every digest is right. Names the chunks for `label --repair`."""
+    from mill_jobs.run import open_run
+    from mill_jobs.verify import verify_run
+    from mill_shared.errors import CorruptError
+
+    store, made = open_run(_config(path, assignments))
+    found = verify_run(store, made)
+    click.echo(f"{found.recorded} of {found.images} images recorded in {found.chunks} chunks; {found.finals} finals")
+    for problem in found.problems:
+        click.echo(problem, err=True)
+    if found.problems:
+        raise CorruptError(f"run {made.run}: {len(found.problems)} problems, listed above")
+    click.echo("every image once, every digest right")
+
+
+@mill.command()
+@run_file
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a GPU, else one for two cores]")
+@click.option(
+    "--truth", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="COCO truth to evaluate with."
+)
+@click.option("--again", is_flag=True, help="First plan the failed images again.")
+@click.option("--one-by-one", is_flag=True, help="Work image by image; isolates an image that ends the process.")
+@click.option("--repair", is_flag=True, help="Label damaged chunks again and overwrite them.")
+def local(
+    path: Path,
+    assignments: tuple[str, ...],
+    workers: int | None,
+    truth: Path | None,
+    again: bool,
+    one_by_one: bool,
+    repair: bool,
+) -> None:
+    """Do the whole run on this machine: plan, label with several processes, finalize. Goes on where it stopped."""
+    from mill_jobs.finalize import finalize_run
+    from mill_jobs.local import default_workers, run_workers
+    from mill_jobs.run import plan_again, plan_run
+    from mill_jobs.tables import print_final
+
+    config = _config(path, assignments)
+    store, made = plan_run(config)
+    console = _console()
+    if again:
+        plan_again(config, ())
+    extra = [flag for flag, on in (("--one-by-one", one_by_one), ("--repair", repair)) if on]
+    run_workers(str(path), assignments, store, made, workers=workers or default_workers(), console=console, extra=extra)
+    final = finalize_run(config, made, store)
+    print_final(console, final, store.url)
+    if truth is not None:
+        _evaluate(config, truth, final.digest)
+
+
+@mill.command(name="try")
+@run_file
+@click.option(
+    "--images", type=click.IntRange(1), default=20, show_default=True, help="How many, spread over the dataset."
+)
+@click.option(
+    "--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("try"), show_default=True
+)
+def try_(path: Path, assignments: tuple[str, ...], images: int, folder: Path) -> None:
+    """Look first: label a few images here, draw them, count every step and estimate the hours for all."""
+    from mill_jobs.trial import run_trial
+
+    run_trial(_config(path, assignments), images, folder, _console())
+
+
+def _evaluate(config: "RunConfig", truth: Path, digest: str | None) -> None:
+    from mill_jobs.evaluate import evaluate_final
+    from mill_jobs.finalize import latest_final
+    from mill_jobs.run import open_run
+    from mill_jobs.tables import print_evaluation
+
+    store, made = open_run(config)
+    found = evaluate_final(config, made, store, digest or latest_final(store, made.run), truth)
+    print_evaluation(_console(), found)
+
+
+@mill.command()
+@run_file
+@click.option("--truth", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="COCO file.")
+@final_option
+def evaluate(path: Path, assignments: tuple[str, ...], truth: Path, digest: str | None) -> None:
+    """Score a final's labels against COCO ground truth; base classes are left out."""
+    _evaluate(_config(path, assignments), truth, digest)
+
+
+@mill.command()
+@run_file
+@click.option(
+    "--to", "folder", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the files go."
+)
+@click.option("--file", "names", multiple=True, help="Only this file; may be given again.  [default: all]")
+@final_option
+def fetch(path: Path, assignments: tuple[str, ...], folder: Path, names: tuple[str, ...], digest: str | None) -> None:
+    """Bring a final to this disk, every file checked against its digest."""
+    from mill_jobs.finalize import fetch_final, latest_final
+    from mill_jobs.run import open_run
+
+    store, made = open_run(_config(path, assignments))
+    for written in fetch_final(store, made.run, digest or latest_final(store, made.run), folder, names):
+        click.echo(str(written))
+
+
+@mill.command()
+@run_file
+@click.argument("a")
+@click.argument("b", default="latest")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every box included.")
+def diff(path: Path, assignments: tuple[str, ...], a: str, b: str, as_json: bool) -> None:
+    """Show what final B has that final A has not, per class and box by box. `latest` names the newest final."""
+    import tempfile
+
+    import msgspec
+
+    from mill_jobs.diff import diff_finals
+    from mill_jobs.finalize import fetch_final, latest_final
+    from mill_jobs.run import open_run
+    from mill_jobs.tables import print_diff
+
+    store, made = open_run(_config(path, assignments))
+    with tempfile.TemporaryDirectory(prefix="mill-diff-") as scratch:
+        folders = []
+        for side, name in (("a", a), ("b", b)):
+            folders.append(Path(scratch) / side)
+            digest = latest_final(store, made.run) if name == "latest" else name
+            fetch_final(store, made.run, digest, folders[-1], ("regions.parquet", "classes.json"))
+        found = diff_finals(*folders)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+    else:
+        print_diff(_console(), found)
+
+
+@mill.command()
+@click.argument("coco", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--base-classes", required=True, help="Names, separated by commas, or ov-coco-48.")
+@click.option(
+    "--base", "base_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Base file to write."
+)
+@click.option(
+    "--novel", "novel_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Novel file to write."
+)
+def split(coco: Path, base_classes: str, base_path: Path, novel_path: Path) -> None:
+    """Split a COCO file into one with the base annotations and one with the rest; images and categories stay."""
+    from mill_shared.coco import split_coco
+
+    from mill_jobs.presets import base_class_names
+
+    preset = base_classes == "ov-coco-48"
+    names = base_class_names("ov-coco-48" if preset else tuple(name.strip() for name in base_classes.split(",")))
+    counts = split_coco(coco, names, base_path, novel_path)
+    click.echo(f"{base_path}: {counts.base} annotations; {novel_path}: {counts.novel} annotations")
+
+
+@mill.command(name="import")
+@click.argument("layout", type=click.Choice(["cotpl"]))
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_file
+def import_(layout: str, folder: Path, path: Path, assignments: tuple[str, ...]) -> None:
+    """Take the shard JSONs of the original CoT-PL scripts as the labels of a run. The run file has no recipe.label."""
+    from mill_jobs.importing import import_cotpl
+
+    images, missing = import_cotpl(_config(path, assignments), folder)
+    click.echo(f"{images} images imported, {missing} of the dataset are not in {folder}; finalize the run")
+
+
+@mill.command()
+@click.option(
+    "--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-run"), show_default=True
+)
+@click.option("--images", type=click.IntRange(4), default=100, show_default=True, help="Scenes to label.")
+@click.option(
+    "--seed", type=click.IntRange(1), default=1, show_default=True, help="Of the scenes; 0 is what the models learned."
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+def demo(folder: Path, images: int, seed: int, workers: int) -> None:
+    """Label toy scenes with the tiny models that come with Labelmill: real pixels, real models, no downloads."""
+    from mill_jobs.demo.run import run_demo
+
+    run_demo(folder, images, seed, workers, _console())
+
+
+def main() -> None:
+    """Run the command line; every known error is one line and its own exit code."""
+    from mill_shared.logs import configure_logs
+
+    configure_logs()
+    import structlog
+
+    log = structlog.get_logger()
+    try:
+        mill(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except MillError as error:
+        log.error(str(error), kind=type(error).__name__, exit_code=int(error.exit_code))
+        sys.exit(error.exit_code)
+    except Exception:
+        log.exception("this is a defect of Labelmill")
+        sys.exit(ExitCode.INTERNAL)
+
+
+if __name__ == "__main__":
+    main()
