@@ -241,8 +241,8 @@ def check_coverage(
         more = len(gathered.missing) - NAMED_IN_ERRORS
         problems.append(
             f"{outcomes['missing']} of {plan.images} images have no record (coverage {coverage:.4f}, "
-            f"limits.min_coverage {limits.min_coverage:g}); chunks {missing}{f' and {more} more' if more > 0 else ''}: label them, "
-            "with --repair where they are damaged"
+            f"limits.min_coverage {limits.min_coverage:g}); chunks {missing}"
+            f"{f' and {more} more' if more > 0 else ''}: label them, with --repair where they are damaged"
         )
     share = outcomes["failed"] / plan.images
     if share > limits.max_failed:

@@ -170,8 +170,8 @@ def _worker_error(worker: _Worker, code: int) -> MillError:
     if code == ExitCode.COVERAGE:
         return CoverageError(text)
     return OutsideError(
-        f"worker {worker.shard} ended {worker.started} times, the last time with code {code}: {text}. What is committed "
-        "is kept; the same command goes on. If one image ends the process, `mill label --one-by-one` isolates it"
+        f"worker {worker.shard} ended {worker.started} times, the last time with code {code}: {text}. What is "
+        "committed is kept; the same command goes on. If one image ends the process, `mill label --one-by-one` isolates it"
     )
 
 

@@ -1,9 +1,10 @@
 """The two `match` statements that wire the recipes to the commands."""
 
+from mill_shared.coco import CocoBase
+
 from mill_jobs.config import RunConfig
 from mill_jobs.recipes.base import FinalWriter, Labeller, RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplConfig
-from mill_shared.coco import CocoBase
 from mill_shared.errors import ConfigError
 
 
