@@ -1,0 +1,75 @@
+"""Promises about the code itself: layers, start-up, help, generated text, what the wheel holds."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from mill_jobs.cli import mill
+from mill_jobs.config import RunConfig
+from mill_jobs.reference import END, START, reference
+from mill_shared.config import Section
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def imported(code: str) -> set[str]:
+    program = f"import json, sys\n{code}\nprint(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout))
+
+
+def test_layers_hold() -> None:
+    found = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    "module", ["mill_jobs.finalize", "mill_jobs.recipes.cotpl.finalize", "mill_jobs.verify", "mill_jobs.evaluate"]
+)
+def test_nothing_after_labelling_imports_torch(module: str) -> None:
+    assert not {"torch", "transformers", "segment_anything"} & imported(f"import {module}")
+
+
+def test_help_needs_neither_torch_nor_numpy() -> None:
+    code = "from click.testing import CliRunner\nfrom mill_jobs.cli import mill\nCliRunner().invoke(mill, ['--help'])"
+    assert not {"torch", "numpy", "pyarrow", "pydantic", "boto3"} & imported(code)
+
+
+@pytest.mark.parametrize("name", sorted(mill.commands))
+def test_every_command_has_help_and_is_in_the_readme(name: str) -> None:
+    command = mill.commands[name]
+    assert command.help
+    assert f"`mill {name}" in README
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            assert parameter.help or parameter.name in ("folder", "workers"), f"{name} {parameter.name}"
+
+
+def sections(section: type[Section]) -> set[type[Section]]:
+    found = {section}
+    for kind in Section.__subclasses__():
+        found |= {kind, *kind.__subclasses__()}
+    return found
+
+
+@pytest.mark.parametrize("section", sorted(sections(RunConfig), key=lambda s: s.__name__), ids=lambda s: s.__name__)
+def test_every_config_field_says_what_it_is(section: type[Section]) -> None:
+    assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_the_config_reference_is_fresh() -> None:
+    shown = README.partition(START)[2].partition(END)[0].strip()
+    assert shown == reference(), "run `make docs`"
+
+
+def test_every_make_target_is_listed_by_help() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony
+    listed = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+    assert set(phony[1].split()) == listed
