@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -92,14 +94,22 @@ class TransformersChat:
         self._control_tokens = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special]
         self._image_token: int = self._model.config.image_token_id
         settings = self._model.generation_config
-        end_of_turn = settings.eos_token_id or self._tokenizer.eos_token_id
+        end_of_turn = self._tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
+        if end_of_turn is None:
+            raise ConfigError(f"chat model {config.model}: names no eos_token_id; copy the model's folder as a whole")
         self._end_of_turn: int = end_of_turn[0] if isinstance(end_of_turn, list) else end_of_turn
         settings.update(
             do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, eos_token_id=end_of_turn,
             pad_token_id=self._end_of_turn if settings.pad_token_id is None else settings.pad_token_id,
         )  # fmt: skip
-        if self._text_ids("?").count(self._image_token) != 1:
-            raise ConfigError(f"chat model {config.model}: its chat template has no place for one picture")
+        try:
+            places = self._text_ids("?").count(self._image_token)
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(f"chat model {config.model}: its chat template fails: {_one_line(error)}") from error
+        if places != 1:
+            raise ConfigError(
+                f"chat model {config.model}: its tokenizer and chat template leave no place for a picture"
+            )
 
     def halve_batch(self) -> bool:
         """Use half of the device memory from now on; False where nothing is left to halve."""
@@ -323,6 +333,7 @@ def _load(config: TransformersChatConfig, device: torch.device) -> tuple[Any, An
     # Any, since these are partly untyped.
     processors: Any = AutoProcessor
     models: Any = AutoModelForImageTextToText
+    settings: Any = GenerationConfig
     console: Any = transformers_logging
     console.set_verbosity_error()
     console.disable_progress_bar()
@@ -332,6 +343,8 @@ def _load(config: TransformersChatConfig, device: torch.device) -> tuple[Any, An
             folder, dtype=_DTYPES[config.precision], local_files_only=True, trust_remote_code=False,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
+        if (folder / "generation_config.json").is_file():  # read again, since a damaged one is passed over in silence
+            model.generation_config = settings.from_pretrained(folder, local_files_only=True)
         model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"chat model {folder}: does not fit into free GPU memory: {_one_line(error)}") from error

@@ -220,7 +220,10 @@ def test_threads_and_determinism_are_set(chat_folders: dict[str, Path]) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json", "model.safetensors"])
+NEEDED = ["config.json", "tokenizer.json", "processor_config.json", "model.safetensors", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_missing_file_is_a_config_error_that_names_the_folder(
     tmp_path: Path, chat_folders: dict[str, Path], name: str
 ) -> None:
@@ -229,7 +232,7 @@ def test_a_missing_file_is_a_config_error_that_names_the_folder(
     _refused(folder, str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", [*NEEDED, "tokenizer_config.json", "generation_config.json"])
 def test_a_truncated_file_is_a_config_error_that_names_the_folder(
     tmp_path: Path, chat_folders: dict[str, Path], name: str
 ) -> None:
