@@ -33,6 +33,33 @@ class SamConfig(TorchConfig):
     """`custom` reads the sizes from the JSON file of the same name beside the checkpoint."""
 
 
+class MaskGeneratorSettings(Section):
+    """The automatic mask generator. Source: specs/cotpl.md 1.3."""
+
+    points_per_side: int = Field(32, ge=1)
+    """Points along each side of the grid of a crop."""
+    points_per_batch: int = Field(64, ge=1)
+    """Points decoded at once; identity, since another batch may round another way."""
+    pred_iou_threshold: float = Field(0.7, ge=0, le=1)
+    """Masks are kept above this predicted IoU."""
+    stability_threshold: float = Field(0.85, ge=0, le=1)
+    """Masks are kept from this stability on."""
+    stability_offset: float = Field(1.0, gt=0)
+    """Logits by which the threshold is moved up and down to measure stability."""
+    box_nms_threshold: float = Field(0.7, ge=0, le=1)
+    """IoU of boxes in one crop above which the less sure one is dropped."""
+    crop_layers: int = Field(1, ge=0, le=3)
+    """Layers of overlapping crops beside the whole picture: layer i has 2^i x 2^i crops."""
+    crop_nms_threshold: float = Field(0.7, ge=0, le=1)
+    """IoU of boxes of different crops above which the one of the larger crop is dropped."""
+    crop_overlap_ratio: float = Field(512 / 1500, ge=0, lt=1)
+    """Overlap of crops as a share of the shorter side."""
+    crop_point_downscale: int = Field(1, ge=1)
+    """Points along each side are divided by this power of the crop layer."""
+    min_mask_region_area_px: int = Field(100, ge=0)
+    """Holes and islands with fewer pixels are removed."""
+
+
 class OracleMasksConfig(Section):
     """Masks from ground truth, to test and to measure what the pipeline itself loses."""
 
