@@ -138,6 +138,7 @@ class LabelWorker:
         self._halvings = 0
         self._heart: HeartbeatWriter | None = None
         self._committed = 0
+        self._has_chunks = label_pass.index > 0
         self._failed: dict[str, int] = {}
 
     def run(self) -> LabelResult:
@@ -195,7 +196,7 @@ class LabelWorker:
                         failed=dict(self._failed), chunk_in_hand=None, row_in_hand=None,
                     )  # fmt: skip
             except ConfigError as error:
-                if self._committed or done:
+                if self._committed or self._has_chunks:
                     raise OutsideError(f"worked before in this run: {error}") from error
                 raise
         return LabelResult(self._committed, labelled)
@@ -203,6 +204,7 @@ class LabelWorker:
     def _done(self, mine: Sequence[int]) -> frozenset[int]:
         listed = self._wait_out(lambda: list(self._store.list(self._keys.chunks(self._pass.index))), "the store")
         present = {entry.key for entry in listed}
+        self._has_chunks = self._has_chunks or bool(present)
         return frozenset(chunk for chunk in mine if self._keys.chunk(self._pass.index, chunk) in present)
 
     def _damaged(self, done: frozenset[int]) -> frozenset[int]:
