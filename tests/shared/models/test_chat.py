@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mill_shared.errors import ConfigError, DeviceLostError, DeviceMemoryError
 from mill_shared.models.chat import FAMILIES, TransformersChat
 from mill_shared.models.config import Precision, TransformersChatConfig
+from mill_shared.models.factory import build_chat_model
 from mill_shared.models.protocols import Answer, Question
 
 Picture = NDArray[np.uint8]
@@ -73,6 +74,11 @@ def test_what_was_asked_before_changes_no_answer(folder: Path) -> None:
     used = _chat(folder)
     used.ask([Question(_picture(33, 99, seed=5), "Another question?")] * 3)
     assert used.ask(questions) == _chat(folder).ask(questions)
+
+
+def test_the_config_leads_to_this_adapter(chat_folders: dict[str, Path]) -> None:
+    config = TransformersChatConfig(model=chat_folders["qwen2_vl"], device="cpu", precision="float32")
+    assert isinstance(build_chat_model(config), TransformersChat)
 
 
 def test_the_picture_is_seen(folder: Path) -> None:

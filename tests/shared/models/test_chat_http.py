@@ -4,6 +4,8 @@ import base64
 import contextlib
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -329,6 +331,19 @@ def test_a_password_in_the_url_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match="key_file") as raised:
         HttpChat(_config("http://user:hunter2@host/v1"))
     assert "hunter2" not in str(raised.value)
+
+
+def test_a_remote_model_needs_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from mill_shared.models.config import HttpChatConfig\n"
+        "from mill_shared.models.factory import build_chat_model\n"
+        "assert 'httpx' not in sys.modules\n"
+        "chat = build_chat_model(HttpChatConfig(url='http://127.0.0.1:1/v1', model='qwen', revision='test'))\n"
+        "print(type(chat).__name__, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "HttpChat False\n"
 
 
 def test_nothing_asked_nothing_sent(server: ChatServer) -> None:
