@@ -27,6 +27,7 @@ class SamConfig(TorchConfig):
     """Segment Anything through the segment-anything package."""
 
     kind: Literal["sam"] = "sam"
+    """Selects Segment Anything."""
     checkpoint: Annotated[Path, Role.PLACEMENT]
     """State dict in the official format, e.g. sam_vit_h_4b8939.pth. Its SHA-256 goes into the label digest."""
     architecture: Literal["vit_h", "vit_l", "vit_b", "custom"] = "vit_h"
@@ -64,17 +65,20 @@ class OracleMasksConfig(Section):
     """Masks from ground truth, to test and to measure what the pipeline itself loses."""
 
     kind: Literal["oracle"] = "oracle"
-    truth: str
-    """COCO file with segmentations."""
+    """Selects ground truth."""
+    truth: Annotated[str, Role.PLACEMENT]
+    """COCO file with segmentations. Its SHA-256 goes into the label digest."""
 
 
 class TransformersChatConfig(TorchConfig):
     """A vision-language model through transformers, in this process."""
 
     kind: Literal["transformers"] = "transformers"
+    """Selects a model in this process."""
     model: Annotated[Path, Role.PLACEMENT]
     """Folder in the Hugging Face format, e.g. of Qwen2-VL-7B-Instruct. The SHA-256 of its files goes into the label digest."""
     precision: Precision = "bfloat16"
+    """Number type of weights and activations. Source: specs/cotpl.md 1.2."""
     batch_size: int = Field(16, ge=1)
     """Questions answered at once. Identity, since another batch may round another way."""
     max_new_tokens: int = Field(128, ge=1)
@@ -87,6 +91,7 @@ class HttpChatConfig(Section):
     """A vision-language model behind an OpenAI-compatible server, e.g. vLLM. Region pictures leave the machine."""
 
     kind: Literal["http"] = "http"
+    """Selects a server."""
     url: Annotated[str, Role.PLACEMENT]
     """Base URL, up to and with `/v1`."""
     model: str
@@ -109,8 +114,9 @@ class OracleChatConfig(Section):
     """Answers from ground truth, to test and to measure what the pipeline itself loses."""
 
     kind: Literal["oracle"] = "oracle"
-    truth: str
-    """COCO file with boxes and categories."""
+    """Selects ground truth."""
+    truth: Annotated[str, Role.PLACEMENT]
+    """COCO file with boxes and categories. Its SHA-256 goes into the label digest."""
     background: tuple[str, ...] = ()
     """Category names that are answered as background."""
 
