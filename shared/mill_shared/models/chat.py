@@ -84,7 +84,8 @@ class TransformersChat:
         """Load processor and weights from the folder; nothing is fetched.
 
         Raises:
-            ConfigError: the folder, a file or the device is missing, damaged or of the wrong kind.
+            ConfigError: the folder, a file or the device is missing, damaged, of the wrong kind or too small.
+            DeviceLostError: the device is unusable until the process ends.
         """
         self._config = config
         self._batch_size = config.batch_size
@@ -144,7 +145,7 @@ class TransformersChat:
         except torch.OutOfMemoryError as error:
             reason = _one_line(error)
         except torch.AcceleratorError as error:
-            raise DeviceLostError(f"chat model: the device failed, end this process: {_one_line(error)}") from error
+            raise DeviceLostError(f"chat model: the device failed, end the process: {_one_line(error)}") from error
         else:
             return [answers[index] for index in range(len(questions))]
         # Raised out here without its cause, whose frames would keep the batch in memory while half of it is tried.
@@ -234,8 +235,8 @@ class TransformersChat:
             image_grid_thw=torch.stack([picture.grid_thw for picture in encoded]),
             mm_encoder_outputs={"image": _join(encoded)},
             max_new_tokens=max(self._config.max_new_tokens, longest),
-            logits_processor=LogitsProcessorList([_AllowedAnswers(allowed, width)]),
-            stopping_criteria=StoppingCriteriaList([_Decided(allowed, width)]),
+            logits_processor=LogitsProcessorList([_AllowedAnswers(allowed, width)] if longest else []),
+            stopping_criteria=StoppingCriteriaList([_Decided(allowed, width)] if longest else []),
         )
         texts = []
         for answers, row in zip(allowed, sequences[:, width:].tolist(), strict=True):
@@ -348,6 +349,10 @@ def _load(config: TransformersChatConfig, device: torch.device) -> tuple[Any, An
         model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"chat model {folder}: does not fit into free GPU memory: {_one_line(error)}") from error
+    except torch.AcceleratorError as error:
+        raise DeviceLostError(
+            f"chat model {folder}: the device failed, end this process: {_one_line(error)}"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"chat model {folder}: cannot be loaded, {hint}: {_one_line(error)}") from error
     if loading["missing_keys"]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from mill_shared.errors import ConfigError, DeviceLostError, DeviceMemoryError
 from mill_shared.models.chat import FAMILIES, TransformersChat
@@ -62,6 +63,14 @@ def test_batched_answers_equal_single_ones_under_a_penalty_on_repetition(
         chat = _chat(folder, batch_size=16)
         questions = _questions()
         assert chat.ask(questions) == [chat.ask([question])[0] for question in questions]
+
+
+def test_a_folder_as_the_authors_published_it_gives_the_same_answers(
+    tmp_path: Path, chat_folders: dict[str, Path]
+) -> None:
+    folder = _copy(chat_folders["qwen2_vl"], tmp_path)
+    _lay_out_as_published(folder)
+    assert _chat(folder).ask(_questions()) == _chat(chat_folders["qwen2_vl"]).ask(_questions())
 
 
 def test_order_of_the_questions_changes_no_answer(folder: Path) -> None:
@@ -347,6 +356,45 @@ def _plain_answer(folder: Path, question: Question) -> str:
 
 def _copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to / "model"))
+
+
+def _lay_out_as_published(folder: Path) -> None:
+    """Rewrite a saved Qwen2-VL as the model repositories of 2024 have it: a flat config, several files, two shards."""
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    rope, dropped = text.pop("rope_parameters"), ("model_type", "layer_types")
+    config |= {key: value for key, value in text.items() if key not in dropped}
+    config |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "torch_dtype": config.pop("dtype"),
+        "vision_config": {
+            **{key: vision[key] for key in ("depth", "embed_dim", "mlp_ratio", "num_heads", "hidden_size")},
+            "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+    saved = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    size = saved.pop("size")
+    kept = {key: saved[key] for key in ("image_mean", "image_std", "merge_size", "patch_size", "temporal_patch_size")}
+    pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    classes = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**kept, **pixels, **classes}))
+    (folder / "processor_config.json").unlink()
+
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "chat_template.jinja").unlink()
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {name: f"model-{1 + number % 2:05}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
+    for shard in set(shards.values()):
+        tensors = {name: weights[name] for name in weights if shards[name] == shard}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
 
 
 def _refused(folder: Path, message: str) -> None:
