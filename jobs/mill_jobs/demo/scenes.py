@@ -103,16 +103,15 @@ def write_scenes(folder: Path, seed: int, count: int) -> None:
     """Write scenes 0 to count - 1 of `seed` as a COCO-like dataset.
 
     `images/000001.jpg` and so on; `truth.json` with every object of the taxonomy; `base.json` with all images and all
-    categories of the taxonomy, but annotations of the base classes only. Ids start at 1.
+    categories of the taxonomy, but annotations of the base classes only. Ids start at 1. `truth.json` comes last, so its
+    presence says that the set is whole; writing again gives the same files.
 
     Raises:
-        ConfigError: `count` is below 1, or `folder` holds another set already.
+        ConfigError: `count` is below 1.
     """
     if count < 1:
         raise ConfigError(f"{folder}: a set of {count} scenes cannot be written; ask for at least 1")
     images_folder = folder / "images"
-    if images_folder.exists() and any(images_folder.iterdir()):
-        raise ConfigError(f"{images_folder}: holds files already; choose an empty folder for the scenes")
     images_folder.mkdir(parents=True, exist_ok=True)
     category_ids = {name: number for number, name in enumerate(BASE_CLASSES + NOVEL_CLASSES, start=1)}
     images: list[dict[str, object]] = []
@@ -132,7 +131,7 @@ def write_scenes(folder: Path, seed: int, count: int) -> None:
             if thing.name in BASE_CLASSES:
                 base_annotations.append(annotation)
     categories = [{"id": number, "name": name, "supercategory": "shape"} for name, number in category_ids.items()]
-    for file_name, kept in (("truth.json", annotations), ("base.json", base_annotations)):
+    for file_name, kept in (("base.json", base_annotations), ("truth.json", annotations)):
         document = {"images": images, "annotations": kept, "categories": categories}
         (folder / file_name).write_text(json.dumps(document), encoding="utf-8")
 

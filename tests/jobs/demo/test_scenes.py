@@ -96,9 +96,13 @@ def test_written_set_is_coco_and_its_base_file_keeps_base_annotations_only(tmp_p
             assert (left, top, left + width, top + height) == thing.bbox_xyxy
 
 
-def test_a_filled_folder_and_an_empty_set_are_refused(tmp_path: Path) -> None:
-    scenes.write_scenes(tmp_path, seed=3, count=1)
-    with pytest.raises(ConfigError, match="holds files already"):
-        scenes.write_scenes(tmp_path, seed=3, count=1)
+def test_writing_again_gives_the_same_files(tmp_path: Path) -> None:
+    scenes.write_scenes(tmp_path, seed=3, count=2)
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    scenes.write_scenes(tmp_path, seed=3, count=2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == first
+
+
+def test_an_empty_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
-        scenes.write_scenes(tmp_path / "none", seed=3, count=0)
+        scenes.write_scenes(tmp_path, seed=3, count=0)
