@@ -103,8 +103,8 @@ def write_scenes(folder: Path, seed: int, count: int) -> None:
     """Write scenes 0 to count - 1 of `seed` as a COCO-like dataset.
 
     `images/000001.jpg` and so on; `truth.json` with every object of the taxonomy; `base.json` with all images and all
-    categories of the taxonomy, but annotations of the base classes only. Ids start at 1. `truth.json` comes last, so its
-    presence says that the set is whole; writing again gives the same files.
+    categories of the taxonomy, but annotations of the base classes only. Ids start at 1. `truth.json` comes last:
+    where it lies, the set is whole. Writing again gives the same files.
 
     Raises:
         ConfigError: `count` is below 1.
