@@ -222,8 +222,8 @@ class TransformersChat:
     def _generate(self, batch: Sequence[_Prompt], encoded: Sequence[_Encoded]) -> list[str]:
         """Answer one batch, padded on the left."""
         width = max(len(prompt.ids) for prompt in batch)
-        # A prompt's own first token pads it: a token that it lacks would be new to a penalty on repetition.
-        padded = [(prompt.ids[0],) * (width - len(prompt.ids)) + prompt.ids for prompt in batch]
+        padding = (self._model.generation_config.pad_token_id,)
+        padded = [padding * (width - len(prompt.ids)) + prompt.ids for prompt in batch]
         mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch]
         input_ids = torch.tensor(padded, device=self._device)
         allowed = [prompt.answers for prompt in batch]

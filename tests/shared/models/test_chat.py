@@ -55,13 +55,14 @@ def test_answers_equal_those_of_transformers_alone(folder: Path) -> None:
     assert [answer.text for answer in answers] == [_plain_answer(folder, question) for question in questions]
 
 
-def test_batched_answers_equal_single_ones_under_a_penalty_on_repetition(
-    make_chat_folder: Callable[..., Path],
-) -> None:
+def test_padding_is_nothing_new_to_a_penalty_on_repetition(make_chat_folder: Callable[..., Path]) -> None:
     for family in FAMILIES:
-        folder = make_chat_folder(family, repetition_penalty=1.5)
-        chat = _chat(folder, batch_size=16)
+        folder = make_chat_folder(family, repetition_penalty=9.0)
         questions = _questions()
+        settings = json.loads((folder / "generation_config.json").read_text())
+        settings["pad_token_id"] = _plain_tokens(folder, questions[0])[0]  # it would matter, were it in the prompt
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        chat = _chat(folder, batch_size=16)
         assert chat.ask(questions) == [chat.ask([question])[0] for question in questions]
 
 
@@ -327,6 +328,12 @@ def _chat(folder: Path, *, batch_size: int = 8, max_new_tokens: int = 12, **sett
 
 
 def _plain_answer(folder: Path, question: Question) -> str:
+    processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    text: str = processor.decode(_plain_tokens(folder, question), skip_special_tokens=True)
+    return text
+
+
+def _plain_tokens(folder: Path, question: Question) -> list[int]:
     """Answer one question as transformers' documentation does it: no batch, no reuse, its own constraint."""
     processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
@@ -350,8 +357,8 @@ def _plain_answer(folder: Path, question: Question) -> str:
         max_new_tokens=12,
         prefix_allowed_tokens_fn=following if question.choices else None,
     )
-    text: str = processor.decode(sequences[0, length:], skip_special_tokens=True)
-    return text
+    tokens: list[int] = sequences[0, length:].tolist()
+    return tokens
 
 
 def _copy(folder: Path, to: Path) -> Path:
