@@ -2,8 +2,36 @@
 
 from typing import assert_never
 
-from mill_shared.models.config import ChatConfig, HttpChatConfig, OracleChatConfig, TransformersChatConfig
-from mill_shared.models.protocols import ChatModel
+from mill_shared.models.config import (
+    ChatConfig,
+    HttpChatConfig,
+    MaskGeneratorSettings,
+    MasksConfig,
+    OracleChatConfig,
+    OracleMasksConfig,
+    SamConfig,
+    TransformersChatConfig,
+)
+from mill_shared.models.protocols import ChatModel, MaskGenerator
+
+
+def build_mask_generator(config: MasksConfig, settings: MaskGeneratorSettings) -> MaskGenerator:
+    """Return who makes the masks, loaded and ready.
+
+    Raises:
+        ConfigError: weights or truths are missing or unusable.
+    """
+    match config:
+        case SamConfig():
+            from mill_shared.models.sam import SamMaskGenerator
+
+            return SamMaskGenerator(config, settings)
+        case OracleMasksConfig():
+            from mill_shared.models.oracle import OracleMasks
+
+            return OracleMasks(config)
+        case _:
+            assert_never(config)
 
 
 def build_chat_model(config: ChatConfig) -> ChatModel:

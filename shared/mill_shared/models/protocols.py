@@ -29,6 +29,8 @@ class Question:
     text: str
     choices: tuple[str, ...] | None = None
     """The answer is constrained to these; default: free text."""
+    asks: str = ""
+    """What the recipe wants to know (e.g. `presence`), for oracles, which cannot read."""
     image_id: int = 0
     """The image that the picture was made from."""
     box_xyxy: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)

@@ -238,7 +238,7 @@ class CotplLabeller:
         """Ask all regions one question and keep the raw answers; None where the model has none for a region."""
         questions = [
             Question(
-                region.picture_rgb, wording or self._text(region, asked), choices, region.sample.image_id,
+                region.picture_rgb, wording or self._text(region, asked), choices, asked, region.sample.image_id,
                 region.region.box_xyxy,
             )
             for region in regions

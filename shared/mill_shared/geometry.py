@@ -1,0 +1,105 @@
+"""Boxes, masks, run-length codes and overlaps, in numpy. Pixels, x right, y down; boxes are half-open."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+RLES_A_CALL = 255
+"""pycocotools 2.0.11 fails on 256 or more with numpy 2."""
+
+
+@dataclass(frozen=True)
+class Rle:
+    """A mask in COCO's compressed run-length form."""
+
+    size: tuple[int, int]
+    """Height, width."""
+    counts: bytes
+
+
+def encode_masks(masks: NDArray[np.bool_]) -> list[Rle]:
+    """Return the run-length codes of (N, H, W) masks."""
+    found = []
+    for mask in masks:
+        code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        found.append(Rle((int(code["size"][0]), int(code["size"][1])), bytes(code["counts"])))
+    return found
+
+
+def decode_mask(rle: Rle) -> NDArray[np.bool_]:
+    """Return the (H, W) mask of a run-length code."""
+    return np.asarray(coco_mask.decode({"size": list(rle.size), "counts": rle.counts}), dtype=bool)
+
+
+def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the tightest half-open boxes of (N, H, W) masks as (N, 4) xyxy; zeros for an empty mask."""
+    boxes = np.zeros((len(masks), 4))
+    for box, mask in zip(boxes, masks, strict=True):
+        rows = np.flatnonzero(mask.any(axis=1))
+        if len(rows):
+            columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def box_iou(
+    a_xyxy: NDArray[np.float64], b_xyxy: NDArray[np.float64], crowd: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return the overlaps of boxes.
+
+    Args:
+        a_xyxy: (N, 4).
+        b_xyxy: (M, 4).
+        crowd: (M,); against a crowd the overlap is the share of a that lies in it, as COCO counts.
+
+    Returns:
+        (N, M) intersection over union; 0 where both boxes are empty.
+    """
+    low = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
+    high = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    intersection = np.clip(high - low, 0, None).prod(axis=2)
+    a_area = np.clip(a_xyxy[:, 2:] - a_xyxy[:, :2], 0, None).prod(axis=1)[:, None]
+    b_area = np.clip(b_xyxy[:, 2:] - b_xyxy[:, :2], 0, None).prod(axis=1)[None]
+    whole = a_area + b_area - intersection
+    if crowd is not None:
+        whole = np.where(crowd[None], a_area, whole)
+    return np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
+
+
+def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the (N, N) numbers of pixels that (N, H, W) masks share; the diagonal holds the areas.
+
+    Rows are packed to bits, and only pairs whose boxes overlap are counted, inside the smaller box's rows and words.
+    """
+    count, height, width = masks.shape
+    words = -(-width // 64)
+    packed = np.zeros((count, height, words * 8), np.uint8)
+    packed[..., : -(-width // 8)] = np.packbits(masks, axis=2)
+    bits = packed.view(np.uint64)
+    boxes = mask_boxes(masks).astype(np.int64)
+    found = np.zeros((count, count), np.int64)
+    for i in range(count):
+        x0, y0, x1, y1 = boxes[i]
+        if x1 == x0:
+            continue
+        window = (slice(y0, y1), slice(x0 // 64, -(-x1 // 64)))
+        others = boxes[i:]
+        near = i + np.flatnonzero(
+            (others[:, 0] < x1) & (others[:, 2] > x0) & (others[:, 1] < y1) & (others[:, 3] > y0)
+        )
+        shared = np.bitwise_count(bits[(near, *window)] & bits[(i, *window)]).sum(axis=(1, 2), dtype=np.int64)
+        found[i, near] = found[near, i] = shared
+    return found
+
+
+def rle_boxes(rles: Sequence[Rle]) -> NDArray[np.float64]:
+    """Return the tightest half-open boxes of run-length codes as (N, 4) xyxy."""
+    found = np.zeros((len(rles), 4))
+    for start in range(0, len(rles), RLES_A_CALL):
+        part = [{"size": list(rle.size), "counts": rle.counts} for rle in rles[start : start + RLES_A_CALL]]
+        xywh = np.asarray(coco_mask.toBbox(part), dtype=np.float64).reshape(-1, 4)
+        found[start : start + len(part)] = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    return found
