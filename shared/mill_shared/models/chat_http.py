@@ -1,7 +1,7 @@
 """Vision-language models behind an OpenAI-compatible server, e.g. vLLM.
 
-Region pictures leave this machine; nothing else does. Short troubles are tried again here, long ones are the label
-loop's to wait out.
+Region pictures and the questions leave this machine, nothing else. Short troubles are tried again here, long ones are
+the label loop's to wait out.
 """
 
 import base64
