@@ -284,8 +284,7 @@ def diff(path: Path, assignments: tuple[str, ...], a: str, b: str, as_json: bool
 def split(coco: Path, base_classes: str, base_path: Path, novel_path: Path) -> None:
     """Split a COCO file into one with the base annotations and one with the rest; images and categories stay."""
     from mill_shared.coco import split_coco
-
-    from mill_jobs.presets import base_class_names
+    from mill_shared.presets import base_class_names
 
     preset = base_classes == "ov-coco-48"
     names = base_class_names("ov-coco-48" if preset else tuple(name.strip() for name in base_classes.split(",")))
