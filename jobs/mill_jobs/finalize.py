@@ -17,16 +17,16 @@ from typing import BinaryIO
 import duckdb
 import msgspec
 import structlog
-from mill_shared.coco import CocoBase, annotations_per_class, open_base
-from mill_shared.storage import LocalStore, Store, open_store
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import check_chunk_of
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
+from mill_shared.coco import CocoBase, annotations_per_class, open_base
 from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, CoverageError, KeyMissing
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, code_version, digest_of, read_images, read_passes
+from mill_shared.storage import LocalStore, Store, open_store
 
 log = structlog.get_logger()
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import structlog
-from mill_shared.pictures import Picture, decode_picture
-from mill_shared.storage import Store
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mill_jobs.config import RunConfig
@@ -33,8 +31,10 @@ from mill_shared.errors import (
     OutsideError,
 )
 from mill_shared.keys import RunKeys
+from mill_shared.pictures import Picture, decode_picture
 from mill_shared.plan import ImageRow, LabelPass, RunPlan, read_images
 from mill_shared.records import ChunkMeta, ImageRecord, check_chunk, encode_chunk
+from mill_shared.storage import Store
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import IO
 
 import structlog
-from mill_shared.storage import LocalStore, Store
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -23,6 +22,7 @@ from mill_jobs.progress import read_heartbeat
 from mill_shared.errors import ConfigError, CoverageError, ExitCode, MillError, OutsideError
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, read_passes
+from mill_shared.storage import LocalStore, Store
 
 log = structlog.get_logger()
 
@@ -171,7 +171,7 @@ def _worker_error(worker: _Worker, code: int) -> MillError:
         return CoverageError(text)
     return OutsideError(
         f"worker {worker.shard} ended {worker.started} times, the last time with code {code}: {text}. What is "
-        "committed is kept; the same command goes on. If one image ends the process, `mill label --one-by-one` isolates it"
+        "committed is kept; the same command goes on. If one image ends the process, --one-by-one isolates it"
     )
 
 

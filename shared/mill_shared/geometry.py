@@ -1,14 +1,10 @@
 """Boxes, masks, run-length codes and overlaps, in numpy. Pixels, x right, y down; boxes are half-open."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-
-RLES_A_CALL = 255
-"""pycocotools 2.0.11 fails on 256 or more with numpy 2."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +21,12 @@ def encode_masks(masks: NDArray[np.bool_]) -> list[Rle]:
     found = []
     for mask in masks:
         code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        found.append(Rle((int(code["size"][0]), int(code["size"][1])), bytes(code["counts"])))
+        found.append(Rle((int(code["size"][0]), int(code["size"][1])), _bytes(code["counts"])))
     return found
+
+
+def _bytes(counts: str | bytes) -> bytes:
+    return counts.encode() if isinstance(counts, str) else counts
 
 
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
@@ -66,7 +66,8 @@ def box_iou(
     whole = a_area + b_area - intersection
     if crowd is not None:
         whole = np.where(crowd[None], a_area, whole)
-    return np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
+    found: NDArray[np.float64] = np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
+    return found
 
 
 def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -87,19 +88,7 @@ def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
             continue
         window = (slice(y0, y1), slice(x0 // 64, -(-x1 // 64)))
         others = boxes[i:]
-        near = i + np.flatnonzero(
-            (others[:, 0] < x1) & (others[:, 2] > x0) & (others[:, 1] < y1) & (others[:, 3] > y0)
-        )
+        near = i + np.flatnonzero((others[:, 0] < x1) & (others[:, 2] > x0) & (others[:, 1] < y1) & (others[:, 3] > y0))
         shared = np.bitwise_count(bits[(near, *window)] & bits[(i, *window)]).sum(axis=(1, 2), dtype=np.int64)
         found[i, near] = found[near, i] = shared
-    return found
-
-
-def rle_boxes(rles: Sequence[Rle]) -> NDArray[np.float64]:
-    """Return the tightest half-open boxes of run-length codes as (N, 4) xyxy."""
-    found = np.zeros((len(rles), 4))
-    for start in range(0, len(rles), RLES_A_CALL):
-        part = [{"size": list(rle.size), "counts": rle.counts} for rle in rles[start : start + RLES_A_CALL]]
-        xywh = np.asarray(coco_mask.toBbox(part), dtype=np.float64).reshape(-1, 4)
-        found[start : start + len(part)] = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     return found

@@ -88,10 +88,11 @@ def _open(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        grey = np.clip(values / (65535 if image.mode != "F" else max(values.max(), 1)) * 255, 0, 255).round().astype(np.uint8)
+        white = max(values.max(), 1) if image.mode == "F" else 65535
+        grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+        backdrop = Image.new("RGBA", rgba.size, "white")
+        return np.asarray(Image.alpha_composite(backdrop, rgba).convert("RGB"))
     return np.asarray(image.convert("RGB"))

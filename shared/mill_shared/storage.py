@@ -7,6 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -318,7 +319,7 @@ class S3Store:
         """Yield the objects whose keys begin with a prefix."""
         request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
-            page = self._call(prefix, lambda request=dict(request): self._client.list_objects_v2(**request))
+            page = self._call(prefix, partial(self._client.list_objects_v2, **request))
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
                 if not key.endswith("/"):
@@ -362,7 +363,9 @@ class S3Store:
         except ClientError as error:
             raise _s3_error(place, self._bucket, key, error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
-            raise ConfigError(f"{place}: no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+            raise ConfigError(
+                f"{place}: no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
         except Boto3Error as error:
             if isinstance(error.__cause__, ClientError):
                 raise _s3_error(place, self._bucket, key, error.__cause__) from error

@@ -187,6 +187,7 @@ class ScenePool:
     def __init__(self, seed: int, size: int) -> None:
         self._seed, self._next = seed, size
         self._scenes = [self._draw(index) for index in range(size)]
+        self._small = [_shrink(*drawn) for drawn in self._scenes]
 
     def _draw(self, index: int) -> tuple[Scene, Image]:
         scene = make_scene(self._seed, index)
@@ -194,12 +195,41 @@ class ScenePool:
 
     def step(self, rng: np.random.Generator) -> None:
         """Replace one scene by the seed's next."""
-        self._scenes[int(rng.integers(len(self._scenes)))] = self._draw(self._next)
+        at = int(rng.integers(len(self._scenes)))
+        self._scenes[at] = self._draw(self._next)
+        self._small[at] = _shrink(*self._scenes[at])
         self._next += 1
 
     def pick(self, rng: np.random.Generator) -> tuple[Scene, Image]:
         """Return a scene and its boosted picture."""
         return self._scenes[int(rng.integers(len(self._scenes)))]
+
+    def pick_small(self, rng: np.random.Generator) -> "SmallScene":
+        """Return a scene at the size that the model sees."""
+        return self._small[int(rng.integers(len(self._small)))]
+
+
+@dataclass(frozen=True)
+class SmallScene:
+    """A scene at SIDE_PX: its blurred grey and boosted pictures, and (name, mask) of objects and bands."""
+
+    grey_rgb: Image
+    boosted_rgb: Image
+    parts: tuple[tuple[str, Mask], ...]
+
+
+def _shrink(scene: Scene, boosted: Image) -> SmallScene:
+    size = (SIDE_PX, SIDE_PX)
+    grey = cv2.GaussianBlur(cv2.cvtColor(scene.image_rgb, cv2.COLOR_RGB2GRAY), (31, 31), 0)
+    parts = tuple(
+        (part.name, cv2.resize(part.mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0)
+        for part in (*scene.objects, *scene.bands)
+    )
+    return SmallScene(
+        cv2.cvtColor(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2RGB).astype(np.uint8),
+        cv2.resize(boosted, size, interpolation=cv2.INTER_AREA).astype(np.uint8),
+        parts,
+    )
 
 
 def build_processor() -> Any:
@@ -298,28 +328,26 @@ class Trainer:
             pictures, cells = zip(*(self._mosaic() for _ in range(batch)), strict=True)
             logits = head(self.features(pictures))
             wanted = torch.from_numpy(np.stack(cells))
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+            things = (wanted >= 0) & (wanted < len(THINGS))
+            rest = wanted >= len(THINGS)
+            loss = nn.functional.cross_entropy(logits[things], wanted[things])
+            loss = loss + 0.2 * nn.functional.cross_entropy(logits[rest], wanted[rest])
             _descend(chosen, loss, [p for _, p in named])
             if step % 50 == 0:
-                known = wanted != -100
-                things = known & (wanted < len(THINGS))
                 right = (logits.argmax(-1) == wanted)[things].float().mean()
                 log.info("vision", step=step, loss=round(loss.item(), 3), things=round(right.item(), 3),
                          minutes=round((time.monotonic() - started) / 60, 1))  # fmt: skip
 
     def _mosaic(self) -> tuple[Image, NDArray[np.int64]]:
         """Return a picture with several regions highlighted, and per cell which class it shows; -100 at edges."""
-        scene, boosted = self.scenes.pick(self.rng)
-        grey = cv2.GaussianBlur(cv2.cvtColor(scene.image_rgb, cv2.COLOR_RGB2GRAY), (31, 31), 0)
-        picture = np.repeat(grey[..., None], 3, axis=2)
-        if self.rng.random() < 0.5:
-            picture[:] = 0
-        classes = np.full(scene.image_rgb.shape[:2], len(NAMES), np.int64)
-        for part in (*scene.objects, *scene.bands):
-            if self.rng.random() < (0.7 if part.name in THINGS else 0.2):
-                mask = part.mask if self.rng.random() < 0.5 else _ragged(part.mask, self.rng)
-                picture[mask] = boosted[mask]
-                classes[mask] = NAMES.index(part.name)
+        scene = self.scenes.pick_small(self.rng)
+        picture = scene.grey_rgb.copy() if self.rng.random() < 0.5 else np.zeros_like(scene.grey_rgb)
+        classes = np.full((SIDE_PX, SIDE_PX), len(NAMES), np.int64)
+        for name, mask in scene.parts:
+            if self.rng.random() < (0.75 if name in THINGS else 0.15):
+                torn = mask if self.rng.random() < 0.6 else _ragged(mask, self.rng)
+                picture[torn] = scene.boosted_rgb[torn]
+                classes[torn] = NAMES.index(name)
         side = classes.shape[0] // CELLS
         blocks = classes.reshape(CELLS, side, CELLS, side).swapaxes(1, 2).reshape(CELLS * CELLS, -1)
         cells = np.full(CELLS * CELLS, -100, np.int64)
@@ -327,7 +355,7 @@ class Trainer:
             values, counts = np.unique(block, return_counts=True)
             if counts.max() >= 0.6 * block.size:
                 cells[position] = values[counts.argmax()]
-        return picture.astype(np.uint8), cells
+        return picture, cells
 
     def questions(self, example: Example) -> list[tuple[str, str, str]]:
         """Return (which, question, answer) of one region in the pipeline's wording: question 1, and one of the others."""

@@ -4,7 +4,6 @@ Importing this file imports torch. Decoding is greedy; what else the model's own
 repetition, applies. Answers depend on the questions of a call and the batch size, not on what was asked before.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mill_shared.errors import ConfigError, DeviceLostError, DeviceMemoryError
-from mill_shared.models.config import TorchConfig, TransformersChatConfig
+from mill_shared.models.config import TransformersChatConfig
+from mill_shared.models.device import one_line, prepare_torch, use_tf32
 from mill_shared.models.protocols import Answer, Question
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -89,7 +89,7 @@ class TransformersChat:
         """
         self._config = config
         self._batch_size = config.batch_size
-        self._device = _prepare_torch(config)
+        self._device = prepare_torch(config)
         self._processor, self._model = _load(config, self._device)
         self._tokenizer = self._processor.tokenizer
         self._control_tokens = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special]
@@ -106,7 +106,7 @@ class TransformersChat:
         try:
             places = self._text_ids("?").count(self._image_token)
         except (ValueError, TemplateError) as error:
-            raise ConfigError(f"chat model {config.model}: its chat template fails: {_one_line(error)}") from error
+            raise ConfigError(f"chat model {config.model}: its chat template fails: {one_line(error)}") from error
         if places != 1:
             raise ConfigError(
                 f"chat model {config.model}: its tokenizer and chat template leave no place for a picture"
@@ -127,8 +127,7 @@ class TransformersChat:
             DeviceLostError: the device is unusable until the process ends.
         """
         # Other models of this process have flags of their own, hence here and not once.
-        torch.set_float32_matmul_precision("high" if self._config.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self._config.precision == "tf32"
+        use_tf32(self._config.precision == "tf32")
         pictures = {id(question.picture_rgb): question.picture_rgb for question in questions}
         numbers = {key: number for number, key in enumerate(pictures)}
         text_ids = {text: self._text_ids(text) for text in dict.fromkeys(question.text for question in questions)}
@@ -143,9 +142,9 @@ class TransformersChat:
         try:
             answers |= self._answer(prompts, list(pictures.values()))
         except torch.OutOfMemoryError as error:
-            reason = _one_line(error)
+            reason = one_line(error)
         except torch.AcceleratorError as error:
-            raise DeviceLostError(f"chat model: the device failed, end the process: {_one_line(error)}") from error
+            raise DeviceLostError(f"chat model: the device failed, end the process: {one_line(error)}") from error
         else:
             return [answers[index] for index in range(len(questions))]
         # Raised out here without its cause, whose frames would keep the batch in memory while half of it is tried.
@@ -189,7 +188,7 @@ class TransformersChat:
         try:
             patches = image_processor.get_number_of_image_patches(height, width)
         except ValueError as error:
-            return Answer("", error=f"picture of {width} x {height} pixels: {_one_line(error)}")
+            return Answer("", error=f"picture of {width} x {height} pixels: {one_line(error)}")
         tokens = patches // image_processor.merge_size**2
         at = text_ids.index(self._image_token)
         ids = text_ids[:at] + (self._image_token,) * tokens + text_ids[at + 1 :]
@@ -304,24 +303,6 @@ def _join(encoded: Sequence[_Encoded]) -> Any:
     return encoded[0].output(pooler_output=pooled, **more)
 
 
-def _prepare_torch(config: TorchConfig) -> torch.device:
-    """Set what torch keeps for the whole process and return the device."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.deterministic:
-        # Read by cuBLAS when it starts, which is after this.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in ("cpu", "cuda"):
-        raise ConfigError(f"chat model: device {wanted!r} is not auto, cpu or cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("chat model: device cuda, but no GPU is visible; use device auto or cpu, or mend the driver")
-    return torch.device(wanted)
-
-
 def _load(config: TransformersChatConfig, device: torch.device) -> tuple[Any, Any]:
     """Return processor and model."""
     folder = config.model
@@ -348,13 +329,11 @@ def _load(config: TransformersChatConfig, device: torch.device) -> tuple[Any, An
             model.generation_config = settings.from_pretrained(folder, local_files_only=True)
         model = model.to(device)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"chat model {folder}: does not fit into free GPU memory: {_one_line(error)}") from error
+        raise ConfigError(f"chat model {folder}: does not fit into free GPU memory: {one_line(error)}") from error
     except torch.AcceleratorError as error:
-        raise DeviceLostError(
-            f"chat model {folder}: the device failed, end this process: {_one_line(error)}"
-        ) from error
+        raise DeviceLostError(f"chat model {folder}: the device failed, end this process: {one_line(error)}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"chat model {folder}: cannot be loaded, {hint}: {_one_line(error)}") from error
+        raise ConfigError(f"chat model {folder}: cannot be loaded, {hint}: {one_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"chat model {folder}: {len(missing)} weights are missing, e.g. {missing[0]}; copy it again")
@@ -375,7 +354,3 @@ def _family(folder: Path) -> str:
         raise ConfigError(f"chat model {path}: {error.strerror}; copy the model's folder as a whole") from error
     except msgspec.MsgspecError as error:
         raise ConfigError(f"chat model {path}: not a model's config.json: {error}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

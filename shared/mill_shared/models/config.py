@@ -76,7 +76,7 @@ class TransformersChatConfig(TorchConfig):
     kind: Literal["transformers"] = "transformers"
     """Selects a model in this process."""
     model: Annotated[Path, Role.PLACEMENT]
-    """Folder in the Hugging Face format, e.g. of Qwen2-VL-7B-Instruct. The SHA-256 of its files goes into the label digest."""
+    """Folder in the Hugging Face format, e.g. of Qwen2-VL-7B-Instruct. Its files' SHA-256 go into the label digest."""
     precision: Precision = "bfloat16"
     """Number type of weights and activations. Source: specs/cotpl.md 1.2."""
     batch_size: int = Field(16, ge=1)

@@ -6,8 +6,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from mill_shared.geometry import encode_masks, mask_boxes
-from mill_shared.models.factory import build_chat_model, build_mask_generator
 from numpy.typing import NDArray
 
 from mill_jobs.recipes.base import Outcome, Sample
@@ -23,6 +21,8 @@ from mill_jobs.recipes.cotpl.evidence import EVIDENCE
 from mill_jobs.recipes.cotpl.masks import suppress_masks
 from mill_jobs.recipes.cotpl.prompts import LAYER_ANSWERS, PRESENCE_ANSWERS
 from mill_jobs.recipes.cotpl.render import boost_colours, render_region
+from mill_shared.geometry import encode_masks, mask_boxes
+from mill_shared.models.factory import build_chat_model, build_mask_generator
 from mill_shared.models.protocols import ChatModel, MaskGenerator, Question
 from mill_shared.records import Dropped, ImageRecord, Region, RegionMask
 
