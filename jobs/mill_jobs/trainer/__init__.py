@@ -1,0 +1,1 @@
+"""What a trainer needs beside the annotations."""
