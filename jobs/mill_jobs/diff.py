@@ -54,7 +54,8 @@ def diff_finals(before: Path, after: Path) -> Diff:
             connection.read_parquet(str(folder / "regions.parquet")).create_view(f"regions_{side}")
             connection.execute(
                 f"create view side_{side} as select image_id, x0, y0, x1, y1, fate = 'kept' as kept, name, "
-                f"{_OUTCOME} as outcome, row_number() over (partition by image_id, x0, y0, x1, y1 order by region) as n "
+                f"{_OUTCOME} as outcome, "
+                "row_number() over (partition by image_id, x0, y0, x1, y1 order by region) as n "
                 f"from regions_{side} r"
             )
         joined = (

@@ -1,9 +1,9 @@
 """How good the labels are, against COCO ground truth, and what each step of the pipeline costs.
 
-Truth of base classes is left out. Labels whose name the truth does not know are counted, but are neither right nor wrong.
+Truth of base classes is left out. Labels whose name the truth does not know are counted, but neither right nor wrong.
 Labels are ranked by their score, stability x predicted IoU. The subsets are our own definitions:
 
-* `large`: instances whose box is at least as large as the recipe asks about; smaller ones, and labels as small, are ignored
+* `large`: instances whose box is as large as the recipe asks about; smaller ones, and labels as small, are ignored
 * `crowded`: images with 15 or more instances in the truth, base classes included
 * `occluded`: instances whose box overlaps another one of the image at IoU 0.3 or more; recall only
 """
@@ -153,7 +153,14 @@ def _average_precision(
         return None, None, {}
     xywh = np.concatenate([truth.xyxy[:, :2], truth.xyxy[:, 2:] - truth.xyxy[:, :2]], axis=1)
     annotations = [
-        {"id": i + 1, "image_id": image, "category_id": number[name], "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+        {
+            "id": i + 1,
+            "image_id": image,
+            "category_id": number[name],
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": int(crowd),
+        }
         for i, (image, name, box, crowd) in enumerate(
             zip(truth.image.tolist(), truth.name.tolist(), xywh.tolist(), truth.crowd.tolist(), strict=True)
         )
@@ -170,7 +177,8 @@ def _average_precision(
     lengths = labels.xyxy[:, 2:] - labels.xyxy[:, :2]
     ids = np.array([number[name] for name in labels.name.tolist()], dtype=np.float64)
     results = np.concatenate(
-        [labels.image[:, None].astype(np.float64), labels.xyxy[:, :2], lengths, labels.score[:, None], ids[:, None]], axis=1
+        [labels.image[:, None].astype(np.float64), labels.xyxy[:, :2], lengths, labels.score[:, None], ids[:, None]],
+        axis=1,
     )
     run = COCOeval_faster(ground, ground.loadRes(results), "bbox")
     run.params.areaRng = [[least_area_px, 1e12]]
@@ -208,7 +216,11 @@ def _scores(
     counted = ~small & ~truth.crowd
 
     def scores(these: NDArray[np.bool_], those: NDArray[np.bool_], aps: tuple[float | None, float | None]) -> Scores:
-        instances, right, wrong = int((counted & those).sum()), int((state[these] == 1).sum()), int((state[these] == 0).sum())
+        instances, right, wrong = (
+            int((counted & those).sum()),
+            int((state[these] == 1).sum()),
+            int((state[these] == 0).sum()),
+        )
         return Scores(
             instances=instances,
             labels=right + wrong,
@@ -262,7 +274,9 @@ def evaluate_labels(
     occluded = Scores(whole.instances, 0, None, None, None, whole.recall, whole.any_class_recall)
     notes = []
     if not is_known.all():
-        notes.append(f"{int((~is_known).sum())} labels have names that the truth does not know: neither right nor wrong")
+        notes.append(
+            f"{int((~is_known).sum())} labels have names that the truth does not know: neither right nor wrong"
+        )
     return {"all": overall, "large": large, "crowded": crowded, "occluded": occluded}, classes, tuple(notes)
 
 
@@ -308,8 +322,8 @@ def read_labels(regions: Path) -> Boxes:
     """Return the written labels of a final's regions.parquet."""
     with duckdb.connect() as connection:
         columns = connection.execute(
-            "select image_id, name, x0, y0, x1, y1, coalesce(score, 1) as score from read_parquet(?) where fate = 'kept' "
-            "order by row, region",
+            "select image_id, name, x0, y0, x1, y1, coalesce(score, 1) as score from read_parquet(?) "
+            "where fate = 'kept' order by row, region",
             [str(regions)],
         ).fetchnumpy()
     return Boxes(
@@ -321,13 +335,12 @@ def read_labels(regions: Path) -> Boxes:
     )
 
 
-def _funnel(
-    connection: duckdb.DuckDBPyConnection, truth: Boxes, regions: Path, least_area_px: float
-) -> dict[str, int]:
+def _funnel(connection: duckdb.DuckDBPyConnection, truth: Boxes, regions: Path, least_area_px: float) -> dict[str, int]:
     """Return how many truth instances each step leaves; `records` is a view of the connection."""
     table = pa.table(
         {
-            "i": np.arange(len(truth)), "image_id": truth.image, "truth_name": pa.array(truth.name.tolist(), pa.string()),
+            "i": np.arange(len(truth)), "image_id": truth.image,
+            "truth_name": pa.array(truth.name.tolist(), pa.string()),
             **{side: truth.xyxy[:, k] for k, side in enumerate(("x0", "y0", "x1", "y1"))},
         }
     )  # fmt: skip
@@ -389,7 +402,10 @@ def evaluate_final(config: RunConfig, plan: RunPlan, store: Store, digest: str, 
             funnel = _funnel(table.connection, wanted, regions, least_area_px)
     subsets, classes, notes = evaluate_labels(labels, truth, base_names, known_names, least_area_px)
     if truth_left or labels_left:
-        notes = (*notes, f"left out: {truth_left} images of the truth without a record, {labels_left} images without truth")
+        notes = (
+            *notes,
+            f"left out: {truth_left} images of the truth without a record, {labels_left} images without truth",
+        )
     found = Evaluation(digest, file_sha256(truth_path), len(images), subsets, classes, funnel, notes)
     key = RunKeys(plan.run).evaluation(digest, found.truth_sha256[:8], "evaluation.json")
     store.put(key, msgspec.json.format(msgspec.json.encode(found), indent=1))
