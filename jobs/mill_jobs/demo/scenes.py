@@ -86,7 +86,7 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Draw scene `index` of `seed`: 2 or 3 bands and 2 to 4 shapes, some of which touch or overlap a little."""
+    """Draw scene `index` of `seed`: 2 or 3 bands and 2 to 4 shapes (one in thousands has 1), some of which touch or overlap a little."""
     rng = np.random.default_rng([seed, index])
     band_names, band_map = _draw_bands(rng)
     names, label_map = _place_shapes(rng, count=int(rng.integers(2, 5)))
@@ -184,7 +184,7 @@ def _draw_bands(rng: np.random.Generator) -> tuple[tuple[str, ...], NDArray[np.i
 def _place_shapes(rng: np.random.Generator, count: int) -> tuple[list[str], NDArray[np.int8]]:
     """Return the names in drawing order and a (FRAME, FRAME) map of the visible one, _EMPTY_LABEL where none is.
 
-    A shape that finds no room after _TRIES is left out; the first two always find some.
+    A shape that finds no room after _TRIES is left out; the first always finds some, and nearly always the second.
     """
     names_all = BASE_CLASSES + NOVEL_CLASSES + EXTRA_CLASSES
     names: list[str] = []
@@ -204,7 +204,7 @@ def _place_shapes(rng: np.random.Generator, count: int) -> tuple[list[str], NDAr
                     full_areas.append(int(mask.sum()))
                     label_map = candidate
                     break
-    assert len(names) >= 2, "two shapes always fit into the frame"
+    assert names, "one shape always fits into the frame"
     return names, label_map
 
 
