@@ -296,11 +296,12 @@ def split(coco: Path, base_classes: str, base_path: Path, novel_path: Path) -> N
 @click.argument("layout", type=click.Choice(["cotpl"]))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @run_file
-def import_(layout: str, folder: Path, path: Path, assignments: tuple[str, ...]) -> None:
+@click.option("--skip-broken", is_flag=True, help="Leave out files that cannot be read, and say which.")
+def import_(layout: str, folder: Path, path: Path, assignments: tuple[str, ...], skip_broken: bool) -> None:
     """Take the shard JSONs of the original CoT-PL scripts as the labels of a run. The run file has no recipe.label."""
     from mill_jobs.importing import import_cotpl
 
-    images, missing = import_cotpl(_config(path, assignments), folder)
+    images, missing = import_cotpl(_config(path, assignments), folder, skip_broken=skip_broken)
     click.echo(f"{images} images imported, {missing} of the dataset are not in {folder}; finalize the run")
 
 

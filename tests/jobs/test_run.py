@@ -109,7 +109,9 @@ def test_a_damaged_chunk_counts_as_missing_until_it_is_repaired(tmp_path: Path) 
     chunk = damage(path)
     ended = mill("verify", path)
     assert ended.returncode == ExitCode.CORRUPT
-    assert "pass 0, chunk 3: the chunk's bytes do not match its digest; label the run again with --repair" in ended.stderr
+    assert (
+        "pass 0, chunk 3: the chunk's bytes do not match its digest; label the run again with --repair" in ended.stderr
+    )
     ended = mill("finalize", path)
     assert ended.returncode == ExitCode.COVERAGE
     assert "2 of 12 images have no record (coverage 0.8333" in last_error(ended)
@@ -147,7 +149,9 @@ def broken_dataset(tmp_path: Path) -> tuple[Path, Path]:
 def test_failed_images_are_labelled_again_in_the_next_pass(tmp_path: Path) -> None:
     path, bad = broken_dataset(tmp_path)
     config = label_all(path)
-    with pytest.raises(CoverageError, match=rf"1 of 12 images failed .*1 truncated; {bad.name} \(truncated\): mend them"):
+    with pytest.raises(
+        CoverageError, match=rf"1 of 12 images failed .*1 truncated; {bad.name} \(truncated\): mend them"
+    ):
         finalize(config)
     shutil.copy(SAMPLE / "images" / bad.name, bad)
     assert plan_again(config, ("missing",)) == 0, "no image failed for that reason"
