@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import duckdb
 import msgspec
@@ -52,7 +52,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     label_digest: str
     recipe: str
     code: str
-    finalize: dict[str, object]
+    finalize: dict[str, Any]
     """The finalize parts of the run file."""
     base_sha256: str | None
     passes: int
@@ -384,7 +384,7 @@ def read_manifest(store: Store, run: str, digest: str) -> Manifest | None:
 
 def read_refs(store: Store, run: str) -> list[Ref]:
     """Return the numbered references to finals, oldest first."""
-    refs = []
+    refs: list[Ref] = []
     while True:
         try:
             refs.append(msgspec.json.decode(store.get(RunKeys(run).ref(len(refs) + 1)), type=Ref))

@@ -71,5 +71,7 @@ def _record(row: int, image: ImageRow, labels: LegacyImage | None) -> ImageRecor
             row=row, image_id=image.image_id, key=image.key, status="failed", reason="not_in_shards",
             detail="no shard file has an entry of this image",
         )  # fmt: skip
-    status = "ok" if labels.regions else "empty"
-    return ImageRecord(row=row, image_id=image.image_id, key=image.key, status=status, regions=labels.regions)
+    return ImageRecord(
+        row=row, image_id=image.image_id, key=image.key, status="ok" if labels.regions else "empty",
+        regions=labels.regions,
+    )  # fmt: skip

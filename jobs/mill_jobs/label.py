@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, TypeVar
 
 import structlog
@@ -223,27 +224,24 @@ class LabelWorker:
         rows = {row for chunk in todo for row in self._pass.chunk_rows(chunk)}
         table = dict(read_images(self._store, self._plan, rows))
         with ThreadPoolExecutor(FETCHES_IN_FLIGHT, thread_name_prefix="fetch") as pool:
-            waiting: list[_Batch] = []
+            ahead: _Batch | None = None
             try:
                 for position, chunk in enumerate(todo):
-                    if not waiting:
-                        waiting.append(self._start_fetch(pool, chunk, table))
-                    batch = waiting.pop()
+                    batch = ahead or self._start_fetch(pool, chunk, table)
+                    ahead = None
                     self._beat(chunk_in_hand=chunk, write=True)
                     key = self._keys.chunk(self._pass.index, chunk)
-                    if chunk not in overwrite and self._wait_out(lambda key=key: self._store.exists(key), "the store"):
+                    if chunk not in overwrite and self._wait_out(partial(self._store.exists, key), "the store"):
                         log.info("chunk committed by another worker", chunk=chunk)
-                        batch = None
-                    elif position + 1 < len(todo):
-                        waiting.append(self._start_fetch(pool, todo[position + 1], table))
-                    if batch is None:
+                        _cancel(batch)
                         yield None
-                    else:
-                        yield batch
+                        continue
+                    if position + 1 < len(todo):
+                        ahead = self._start_fetch(pool, todo[position + 1], table)
+                    yield batch
             finally:
-                for batch in waiting:
-                    for future in batch.pictures:
-                        future.cancel()
+                if ahead is not None:
+                    _cancel(ahead)
 
     def _start_fetch(self, pool: ThreadPoolExecutor, chunk: int, table: dict[int, ImageRow]) -> _Batch:
         images = [(row, table[row]) for row in self._pass.chunk_rows(chunk)]
@@ -331,9 +329,7 @@ class LabelWorker:
         files = dict(outcome.record.files)
         for name, data in outcome.files.items():
             files[name] = hashlib.sha256(data).hexdigest()
-            self._wait_out(
-                lambda data=data, sha=files[name]: self._store.put_new(self._keys.blob(sha), data), "the store"
-            )
+            self._wait_out(partial(self._store.put_new, self._keys.blob(files[name]), data), "the store")
         return replace(map_to_original(outcome.record, sample), files=files)
 
     def _commit(self, chunk: int, records: Sequence[ImageRecord], labeller: Labeller, *, overwrite: bool) -> None:
@@ -347,7 +343,7 @@ class LabelWorker:
         key = self._keys.chunk(self._pass.index, chunk)
         write = self._store.put if overwrite else self._store.put_new
         try:
-            self._wait_out(lambda: write(key, data), "the store")
+            self._wait_out(partial(write, key, data), "the store")
         except AlreadyExists:
             log.info("chunk committed by another worker", chunk=chunk)
             return
@@ -393,6 +389,11 @@ class LabelWorker:
     def _beat(self, *, progressed: bool = False, write: bool = False, **changes: object) -> None:
         if self._heart is not None:
             self._heart.update(progressed=progressed, write=write, **changes)
+
+
+def _cancel(batch: _Batch) -> None:
+    for future in batch.pictures:
+        future.cancel()
 
 
 def _failed_sample(sample: Sample, error: ImageError) -> ImageRecord:

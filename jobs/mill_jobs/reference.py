@@ -36,9 +36,8 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(args[0])}"
     if origin is dict:
         return f"{_type(args[0])} to {_type(args[1])}"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`", "Path": "path"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`", "Path": "path"}
+    return names.get(annotation.__name__, str(annotation.__name__))
 
 
 def _default(field: FieldInfo) -> str:

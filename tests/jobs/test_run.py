@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import SAMPLE, final_files, finalize, label_all, last_error, mill, start_mill, write_run
 
 from mill_jobs.config import read_config
 from mill_jobs.finalize import read_refs
@@ -17,6 +16,7 @@ from mill_jobs.verify import verify_run
 from mill_shared.errors import ConfigError, CorruptError, CoverageError, ExitCode
 from mill_shared.keys import RunKeys
 from mill_shared.storage import LocalStore
+from runs import SAMPLE, final_files, finalize, label_all, last_error, mill, start_mill, write_run
 
 
 @pytest.mark.parametrize("shards", [3, 7])
