@@ -86,7 +86,10 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Draw scene `index` of `seed`: 2 or 3 bands and 2 to 4 shapes (one in thousands has 1), some of which touch or overlap a little."""
+    """Draw scene `index` of `seed`: 2 or 3 bands and 2 to 4 shapes, some of which touch or overlap a little.
+
+    About one scene in 8,000 has a single shape, since a large one in the middle can leave no room.
+    """
     rng = np.random.default_rng([seed, index])
     band_names, band_map = _draw_bands(rng)
     names, label_map = _place_shapes(rng, count=int(rng.integers(2, 5)))
