@@ -183,18 +183,18 @@ def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[R
             later = " union all ".join(f"select row from pass_{p}" for p in by_pass if p > 0)
             connection.execute(f"create temp table relabelled as select distinct row from ({later})")
             connection.execute(
-                "create temp table chosen as select row, "
+                "create temp table newest_pass as select row, "
                 "coalesce(max(pass) filter (status <> 'failed'), max(pass)) as pass "
                 f"from ({union}) group by row"
             )
             parts = [
-                f"select p.* from pass_{p} p join chosen c on c.row = p.row and c.pass = {p}" for p in by_pass if p > 0
+                f"select p.* from pass_{p} p join newest_pass c on c.row = p.row and c.pass = {p}" for p in by_pass if p > 0
             ]
             if 0 in by_pass:
                 parts.insert(
                     0,
                     "select * from pass_0 where row not in (select row from relabelled) or "
-                    "row in (select row from chosen where pass = 0)",
+                    "row in (select row from newest_pass where pass = 0)",
                 )
             connection.execute("create view records as " + " union all ".join(parts))
         yield RecordTable(connection, plan.images)
