@@ -1,6 +1,8 @@
 """Boxes, masks, run-length codes and overlaps, in numpy. Pixels, x right, y down; boxes are half-open."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,3 +94,11 @@ def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
         shared = np.bitwise_count(bits[(near, *window)] & bits[(i, *window)]).sum(axis=(1, 2), dtype=np.int64)
         found[i, near] = found[near, i] = shared
     return found
+
+
+def mask_areas(rles: Sequence[Rle]) -> NDArray[np.int64]:
+    """Return the pixels of each mask."""
+    codes: list[Any] = [{"size": list(rle.size), "counts": rle.counts} for rle in rles]
+    # pycocotools overflows on 256 and more at once under numpy 2.
+    parts = [coco_mask.area(codes[start : start + 255]) for start in range(0, len(codes), 255)]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
