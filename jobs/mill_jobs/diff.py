@@ -5,27 +5,36 @@ from pathlib import Path
 import duckdb
 import msgspec
 
+from mill_jobs.finalize import DUCKDB_MEMORY
 from mill_jobs.trainer.classes import ClassList
 
 
 class ClassDiff(msgspec.Struct, frozen=True):
-    """One class whose boxes or weight differ."""
+    """One class whose boxes or weight differ: after = before + added - removed + renamed_to - renamed_from."""
 
     name: str
     before: int
     after: int
     added: int
+    """Boxes written as this class that were not written before."""
     removed: int
+    """Boxes of this class that are no longer written."""
+    renamed_to: int
+    """Boxes that were written as another class before."""
+    renamed_from: int
+    """Boxes that are written as another class now."""
     weight_before: float | None
+    """None where the class list has no such class."""
     weight_after: float | None
 
 
-class BoxDiff(msgspec.Struct, frozen=True):
-    """One box whose outcome differs: the class that it is written as, or in brackets why it is not written."""
+class BoxDiff(msgspec.Struct, frozen=True, gc=False):
+    """One box that is written by one final alone, or as different classes."""
 
     image_id: int
     box_xyxy: tuple[float, float, float, float]
     before: str
+    """The class that it is written as; in brackets why it is not written, with the name that it has."""
     after: str
 
 
@@ -36,57 +45,66 @@ class Diff(msgspec.Struct, frozen=True):
     boxes: list[BoxDiff]
 
 
-_OUTCOME = "case when r.fate = 'kept' then r.name else '(' || coalesce(r.reason, r.fate) || ')' end"
+_OUTCOME = (
+    "case when fate = 'kept' then name "
+    "else '(' || replace(fate, '_', ' ') || coalesce(': ' || coalesce(name, reason), '') || ')' end"
+)
 
 
 def diff_finals(before: Path, after: Path) -> Diff:
-    """Compare two finals by image and box.
+    """Compare two finals by image and box; finals of one run have the same boxes, whatever became of them.
 
     Args:
         before: folder with regions.parquet and classes.json of a final.
         after: the same of the other.
 
     Returns:
-        Classes in order of their names, boxes in order of image and corners.
+        Classes in the order of their names, boxes in the order of image and corners.
     """
-    with duckdb.connect() as connection:
+    with duckdb.connect(config={"memory_limit": DUCKDB_MEMORY}) as connection:
         for side, folder in (("a", before), ("b", after)):
             connection.read_parquet(str(folder / "regions.parquet")).create_view(f"regions_{side}")
+            # Two regions of an image may have one box; they are told apart by their order.
             connection.execute(
                 f"create view side_{side} as select image_id, x0, y0, x1, y1, fate = 'kept' as kept, name, "
                 f"{_OUTCOME} as outcome, "
                 "row_number() over (partition by image_id, x0, y0, x1, y1 order by region) as n "
-                f"from regions_{side} r"
+                f"from regions_{side}"
             )
-        joined = (
+        connection.execute(
+            "create temp table changed as select image_id, x0, y0, x1, y1, "
+            "coalesce(a.outcome, '(no such region)') as before, coalesce(b.outcome, '(no such region)') as after, "
+            "case when a.kept then a.name end as old, case when b.kept then b.name end as new "
             "from side_a a full join side_b b using (image_id, x0, y0, x1, y1, n) "
-            "where a.outcome is distinct from b.outcome and (coalesce(a.kept, false) or coalesce(b.kept, false))"
+            "where old is distinct from new"
         )
-        boxes = connection.execute(
-            "select image_id, x0, y0, x1, y1, coalesce(a.outcome, '(no such region)'), "
-            f"coalesce(b.outcome, '(no such region)') {joined} order by all"
+        counts = connection.execute(
+            "select name, count(*) filter (side = 'a'), count(*) filter (side = 'b') from "
+            "(select 'a' as side, name from regions_a where fate = 'kept' union all "
+            "select 'b', name from regions_b where fate = 'kept') group by name"
         ).fetchall()
-        counts: dict[str, list[int]] = {}
-        for position, side in enumerate("ab"):
-            kept = f"select name, count(*) from side_{side} where kept group by name"
-            for name, count in connection.execute(kept).fetchall():
-                counts.setdefault(name, [0, 0])[position] = count
-    changed: dict[str, list[int]] = {}
-    for _, _, _, _, _, old, new in boxes:
-        if not new.startswith("("):
-            changed.setdefault(new, [0, 0])[0] += 1
-        if not old.startswith("("):
-            changed.setdefault(old, [0, 0])[1] += 1
-    weights = [
-        {item.name: float(item.weight) for item in ClassList.from_json((folder / "classes.json").read_bytes()).classes}
-        for folder in (before, after)
-    ]
-    names = sorted(counts.keys() | weights[0].keys() | weights[1].keys())
+        changes = connection.execute(
+            "select name, count(*) filter (old is null), count(*) filter (new is null), "
+            "count(*) filter (old <> new and name = new), count(*) filter (old <> new and name = old) from "
+            "(select new as name, old, new from changed where new is not null union all "
+            "select old, old, new from changed where old is not null) group by name"
+        ).fetchall()
+        boxes = connection.execute(
+            "select image_id, x0, y0, x1, y1, before, after from changed order by all"
+        ).fetchall()
+    of_name = {name: (old, new) for name, old, new in counts}
+    changes_of = {name: tuple(numbers) for name, *numbers in changes}
+    weights = [_weights(folder) for folder in (before, after)]
     rows = []
-    for name in names:
-        old_count, new_count = counts.get(name, [0, 0])
-        added, removed = changed.get(name, [0, 0])
-        row = ClassDiff(name, old_count, new_count, added, removed, weights[0].get(name), weights[1].get(name))
-        if added or removed or row.weight_before != row.weight_after:
+    for name in sorted(of_name.keys() | weights[0].keys() | weights[1].keys()):
+        row = ClassDiff(
+            name, *of_name.get(name, (0, 0)), *changes_of.get(name, (0, 0, 0, 0)), *(side.get(name) for side in weights)
+        )
+        if name in changes_of or row.weight_before != row.weight_after:
             rows.append(row)
     return Diff(rows, [BoxDiff(image, (x0, y0, x1, y1), old, new) for image, x0, y0, x1, y1, old, new in boxes])
+
+
+def _weights(folder: Path) -> dict[str, float]:
+    path = folder / "classes.json"
+    return {entry.name: entry.weight for entry in ClassList.from_json(path.read_bytes(), str(path)).classes}
