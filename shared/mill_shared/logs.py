@@ -7,8 +7,8 @@ from typing import TextIO
 import structlog
 from structlog.typing import Processor
 
-CHATTY = ("httpx", "httpcore", "botocore", "boto3", "urllib3", "PIL", "matplotlib")
-"""Libraries that log each request; only their warnings are shown."""
+CHATTY = ("boto3", "botocore", "faster_coco_eval", "httpcore", "httpx", "matplotlib", "PIL", "urllib3")
+"""Libraries that log each request or step; only their warnings are shown."""
 
 
 def configure_logs(stream: TextIO | None = None) -> None:
@@ -25,9 +25,11 @@ def configure_logs(stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if on_terminal else "iso", utc=not on_terminal),
     ]
     last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=True)]
+        # Not the rich traceback, which is the default: it shows the values of variables, secrets among them.
+        [structlog.dev.ConsoleRenderer(colors=True, exception_formatter=structlog.dev.plain_traceback)]
         if on_terminal
-        else [_traceback_field, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        # ASCII alone: the stream's encoding is not ours to choose, and file names may hold bytes that none knows.
+        else [_traceback_field, structlog.processors.JSONRenderer(ensure_ascii=True)]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
