@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import SAMPLE, last_error, mill, write_run
 
 from mill_jobs.config import read_config
 from mill_jobs.finalize import gather_chunks, record_table
 from mill_jobs.label import Shard
 from mill_jobs.run import label_shard, open_run
 from mill_shared.errors import ExitCode
+from runs import SAMPLE, last_error, mill, write_run
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

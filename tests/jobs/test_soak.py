@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import Running, final_files, finalize, label_all, mill, start_mill, write_run
 
 from mill_jobs.config import read_config
+from runs import Running, final_files, finalize, label_all, mill, start_mill, write_run
 
 KILLS = 50
 
