@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mill_jobs.recipes.base import ClassRow, FinalWriter, RecordTable, Step, Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig, SelectionConfig
 from mill_jobs.recipes.cotpl.legacy import write_legacy
-from mill_jobs.recipes.cotpl.names import COTPL_64, exclusion, normalise_names
+from mill_jobs.recipes.cotpl.names import COTPL_64, exclusions, normalise_names
 from mill_jobs.trainer.classes import ClassList, make_classes, make_weights
 from mill_shared.coco import CocoBase, CocoFile, CocoImage, annotations_per_class, copy_coco, write_coco
 from mill_shared.errors import ConfigError, InvariantError
@@ -73,6 +73,8 @@ class Selection:
 
     names: tuple[str, ...]
     rule: str
+    missed: str
+    """Why another name is no class."""
     printed: tuple[str, ...]
     """What the original's stage 3 prints."""
 
@@ -190,13 +192,13 @@ def count_names(
     con.unregister("names")
     base_names = frozenset(() if base is None else base.base)
     by = "substring" if config.profile == "reference" else config.exclude_by
+    excluded = exclusions([row[0] for row in rows], config.excluded, by)
     counts = []
     for count in sorted((NameCount(*row) for row in rows), key=lambda count: (-count.boxes, count.name)):
-        word = exclusion(count.name, config.excluded, by)
         if count.name in base_names:
             count = replace(count, fate="base_class")
-        elif word is not None:
-            count = replace(count, fate="excluded", reason=word)
+        elif count.name in excluded:
+            count = replace(count, fate="excluded", reason=excluded[count.name])
         elif not count.name and config.profile == "fixed":
             count = replace(count, fate="excluded", reason="no name")
         counts.append(count)
@@ -226,10 +228,11 @@ def select_classes(
     match selection.by:
         case "list":
             names = COTPL_64 if selection.names == "cotpl-64" else selection.names
-            return Selection(tuple(names), f"the given list of {len(names)} names", at_least(selection.count))
+            rule = f"the given list of {len(names)} names"
+            return Selection(tuple(names), rule, "not in the list", at_least(selection.count))
         case "top_k":
             names = tuple(count.name for count in ordered[: selection.k])
-            return Selection(names, f"the {selection.k} most frequent names", names)
+            return Selection(names, f"the {selection.k} most frequent names", f"not in the first {selection.k}", names)
         case "count":
             threshold, why = selection.count, "selection.count"
         case "image_share":
@@ -244,7 +247,8 @@ def select_classes(
                 )
             rarest = min(of_base, key=lambda name: (of_base[name], name))
             threshold, why = of_base[rarest], f"annotations of {rarest}, the rarest base class"
-    return Selection(at_least(threshold), f"names with {threshold} boxes or more ({why})", at_least(threshold))
+    names = at_least(threshold)
+    return Selection(names, f"names with {threshold} boxes or more ({why})", f"under {threshold} boxes", names)
 
 
 def settle_labels(
@@ -539,21 +543,19 @@ def _class_rows(counts: Sequence[NameCount], selection: Selection, classes: Clas
     by_name = {count.name: count for count in counts}
     entries = {entry.name: entry for entry in classes.classes}
     for name in selection.names:
-        count = by_name.get(name, NameCount(name, 0, 0, 0))
-        entry = entries[name]
+        count, entry = by_name.get(name, NameCount(name, 0, 0, 0)), entries[name]
         if count.fate is None:
-            yield ClassRow(
-                name, True, f"{selection.rule}; {entry.boxes} written", count.boxes, count.images, entry.category_id,
-                entry.weight,
-            )  # fmt: skip
+            why = f"{entry.boxes} written"
+            yield ClassRow(name, True, why, count.boxes, count.images, entry.category_id, entry.weight)
     for count in counts:
         if count.fate == "base_class":
             entry = entries[count.name]
-            yield ClassRow(count.name, False, "base class", count.boxes, count.images, entry.category_id, entry.weight)
+            why = "base class"
+            yield ClassRow(count.name, False, why, count.boxes, count.images, entry.category_id, entry.weight)
         elif count.fate is not None:
-            yield ClassRow(count.name, False, f"excluded by {count.reason!r}", count.boxes, count.images)
+            yield ClassRow(count.name, False, f"excluded: {count.reason}", count.boxes, count.images)
         elif count.name not in selection.names:
-            yield ClassRow(count.name, False, f"not one of {selection.rule}", count.boxes, count.images)
+            yield ClassRow(count.name, False, selection.missed, count.boxes, count.images)
 
 
 def _notes(

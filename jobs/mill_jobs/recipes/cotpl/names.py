@@ -101,18 +101,26 @@ def normalise_names(labels: Iterable[str], known: Sequence[str], synonyms: Mappi
     return found
 
 
-def exclusion(name: str, words: Sequence[str], by: Literal["word", "substring", "exact"]) -> str | None:
-    """Return the first of the words for which a name is left out, or None.
+def exclusions(names: Iterable[str], words: Sequence[str], by: Literal["word", "substring", "exact"]) -> dict[str, str]:
+    """Return the names that are left out, each with the first of the words for which it is.
 
     Args:
-        name: a class name; for `word` in normal form.
+        names: class names; for `word` in normal form.
         words: what to look for, may be several words each.
         by: `word`: its words occur in the name one after another (`man` in `old man`, not in `human`); `substring`: it
             occurs anywhere (the original's rule); `exact`: it is the name. Source: specs/cotpl.md 3, stage 2.
     """
-    if by == "substring":
-        return next((word for word in words if word in name), None)
-    if by == "exact":
-        return next((word for word in words if word == name), None)
-    spaced = f" {_plain(name).replace('-', ' ')} "
-    return next((word for word in words if f" {_single(_plain(word), {})} " in spaced), None)
+    spaced = [(word, f" {_single(_plain(word), {})} ") for word in words]
+    found = {}
+    for name in names:
+        match by:
+            case "substring":
+                hit = next((word for word in words if word in name), None)
+            case "exact":
+                hit = name if name in words else None
+            case "word":
+                text = f" {_plain(name).replace('-', ' ')} "
+                hit = next((word for word, inside in spaced if inside in text), None)
+        if hit is not None:
+            found[name] = hit
+    return found

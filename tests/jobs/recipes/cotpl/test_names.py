@@ -1,12 +1,18 @@
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
-from mill_jobs.recipes.cotpl.names import COTPL_64, exclusion, normalise_names, singular
+from mill_jobs.recipes.cotpl.names import COTPL_64, exclusions, normalise_names, singular
 from mill_shared.presets import COCO_80
 
 EXCLUDED = CotplFinalizeConfig().excluded
+
+
+def exclusion(name: str, words: tuple[str, ...], by: Literal["word", "substring", "exact"]) -> str | None:
+    return exclusions([name], words, by).get(name)
 
 
 def meaning(label: str, known: tuple[str, ...] = COCO_80, **synonyms: str) -> str:
