@@ -10,7 +10,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -41,6 +40,9 @@ from mill_jobs.demo.scenes import (
 from mill_jobs.demo.train_sam import Muon
 from mill_jobs.recipes.cotpl.prompts import DEFAULT_PROMPTS
 from mill_jobs.recipes.cotpl.render import boost_colours, render_region
+from mill_shared.models.chat import TransformersChat
+from mill_shared.models.config import TransformersChatConfig
+from mill_shared.models.protocols import ChatModel, Question
 
 log = structlog.get_logger()
 
@@ -55,6 +57,12 @@ CELLS = SIDE_PX // (PATCH_PX * MERGE)
 """A picture becomes CELLS x CELLS image tokens."""
 CLEAR_IOU = 0.75
 """A mask that covers one object at this IoU or better shows it clearly."""
+KIND_SHARES = {
+    "clean": 0.24, "ragged": 0.36, "band": 0.06, "part": 0.15, "union": 0.12, "piece": 0.04, "speck": 0.03,
+}  # fmt: skip
+"""How often each kind of region is drawn. Background is learnt in minutes, whole and spoilt objects need practice."""
+FRESH_SCENES = 3
+"""New scenes at each step: with fewer, the model learns the scenes by heart."""
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>",
@@ -84,17 +92,71 @@ class Example:
 
 def draw_examples(scene: Scene, boosted: Image, rng: np.random.Generator, count: int) -> Iterator[Example]:
     """Yield regions of one scene, clean and spoilt, with the answers that the pipeline should get."""
-    kinds = ("clean", "ragged", "band", "part", "union", "piece", "speck")
     made = 0
     while made < count:
-        kind = str(rng.choice(kinds, p=(0.22, 0.33, 0.12, 0.12, 0.09, 0.07, 0.05)))
-        found = _region(scene, kind, rng)
-        if found is None:
-            continue
-        mask, presence, name = found
-        bbox = _bbox_xywh(mask)
-        yield Example(kind, render_region(scene.image_rgb, boosted, mask, bbox), presence, name)
-        made += 1
+        example = draw_example(scene, boosted, str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values()))), rng)
+        if example is not None:
+            yield example
+            made += 1
+
+
+def draw_example(scene: Scene, boosted: Image, kind: str, rng: np.random.Generator) -> Example | None:
+    """Return a region of the kind, or None where this draw gives none."""
+    found = _region(scene, kind, rng)
+    if found is None:
+        return None
+    mask, presence, name = found
+    return Example(kind, render_region(scene.image_rgb, boosted, mask, _bbox_xywh(mask)), presence, name)
+
+
+def held_out_examples(seed: int, scenes: int) -> list[Example]:
+    """Return up to one region of each kind from each of the first scenes of a seed."""
+    rng = np.random.default_rng([seed, 3])
+    examples: list[Example] = []
+    for index in range(scenes):
+        scene = make_scene(seed, index)
+        boosted = boost_colours(scene.image_rgb)
+        drawn = [draw_example(scene, boosted, kind, rng) for kind in KIND_SHARES]
+        examples += [example for example in drawn if example is not None]
+    return examples
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One answer: `key` is kind of region and question, e.g. `ragged.name`."""
+
+    key: str
+    wanted: str
+    said: str
+
+
+def ask_as_pipeline(chat: ChatModel, examples: Sequence[Example]) -> list[Mark]:
+    """Return what a chat model says to every question of both profiles; question 3 gets its own answer to 2."""
+    prompts = DEFAULT_PROMPTS
+    named = [example for example in examples if example.name is not None]
+    layers = ["Background" if example.name in BACKGROUND_CLASSES else "Foreground" for example in named]
+    names = [str(example.name) for example in named]
+
+    def ask(which: str, asked: Sequence[Example], texts: Sequence[str], wanted: Sequence[str]) -> list[Mark]:
+        answers = chat.ask([Question(e.picture_rgb, text) for e, text in zip(asked, texts, strict=True)])
+        return [Mark(f"{e.kind}.{which}", w, a.text) for e, w, a in zip(asked, wanted, answers, strict=True)]
+
+    marks = ask("presence", examples, [prompts.presence] * len(examples), [example.presence for example in examples])
+    first = ask("name", named, [prompts.name] * len(named), names)
+    marks += first + ask("name_again", named, [prompts.name_again] * len(named), names)
+    own = [prompts.layer.replace("{name}", mark.said) for mark in first]
+    marks += ask("layer", named, own, layers)
+    return marks + ask("layer_reference", named, [prompts.layer] * len(named), layers)
+
+
+def accuracy(marks: Sequence[Mark]) -> dict[str, float]:
+    """Return the share of right answers by key; a rejected region may be called No or Unsure, which is the same."""
+    tally: Counter[str] = Counter()
+    for mark in marks:
+        refused = mark.wanted in ("No", "Unsure") and mark.said in ("No", "Unsure")
+        tally[mark.key] += mark.said == mark.wanted or refused
+        tally[f"{mark.key}.all"] += 1
+    return {key: round(tally[key] / tally[f"{key}.all"], 3) for key in sorted(tally) if not key.endswith(".all")}
 
 
 def _region(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[Mask, str, str | None] | None:
@@ -138,10 +200,12 @@ def _ragged(mask: Mask, rng: np.random.Generator) -> Mask:
     inside = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3)
     outside = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 3)
     cells = int(rng.choice([6, 12, 28]))
-    noise = cv2.resize(rng.normal(size=(cells, cells)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    noise = cv2.resize(
+        rng.normal(size=(cells, cells)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
     torn = inside - outside + noise * rng.uniform(0, 6) + rng.uniform(-4, 4) > 0
     if rng.random() < 0.25:
-        shift = np.float32([[1, 0, rng.uniform(-5, 5)], [0, 1, rng.uniform(-5, 5)]])  # type: ignore[arg-type]  # a matrix
+        shift = np.array([[1, 0, rng.uniform(-5, 5)], [0, 1, rng.uniform(-5, 5)]], np.float32)
         torn = cv2.warpAffine(torn.astype(np.uint8), shift, (width, height)) > 0
     if rng.random() < 0.1 and torn.any():
         rows, columns = np.nonzero(torn)
@@ -182,11 +246,11 @@ def _bbox_xywh(mask: Mask) -> tuple[int, int, int, int]:
 
 
 class ScenePool:
-    """Scenes of one seed, drawn once and used for many regions; one is replaced at each step."""
+    """Scenes of one seed, drawn once and used for many regions; some are replaced at each step."""
 
-    def __init__(self, seed: int, size: int) -> None:
-        self._seed, self._next = seed, size
-        self._scenes = [self._draw(index) for index in range(size)]
+    def __init__(self, seed: int, size: int, first: int = 0) -> None:
+        self._seed, self._next = seed, first + size
+        self._scenes = [self._draw(first + index) for index in range(size)]
         self._small = [_shrink(*drawn) for drawn in self._scenes]
 
     def _draw(self, index: int) -> tuple[Scene, Image]:
@@ -194,11 +258,11 @@ class ScenePool:
         return scene, boost_colours(scene.image_rgb)
 
     def step(self, rng: np.random.Generator) -> None:
-        """Replace one scene by the seed's next."""
-        at = int(rng.integers(len(self._scenes)))
-        self._scenes[at] = self._draw(self._next)
-        self._small[at] = _shrink(*self._scenes[at])
-        self._next += 1
+        """Replace FRESH_SCENES scenes by the seed's next ones."""
+        for at in rng.integers(len(self._scenes), size=FRESH_SCENES).tolist():
+            self._scenes[at] = self._draw(self._next)
+            self._small[at] = _shrink(*self._scenes[at])
+            self._next += 1
 
     def pick(self, rng: np.random.Generator) -> tuple[Scene, Image]:
         """Return a scene and its boosted picture."""
@@ -221,9 +285,9 @@ class SmallScene:
 def _shrink(scene: Scene, boosted: Image) -> SmallScene:
     size = (SIDE_PX, SIDE_PX)
     grey = cv2.GaussianBlur(cv2.cvtColor(scene.image_rgb, cv2.COLOR_RGB2GRAY), (31, 31), 0)
+    masks = [(thing.name, thing.mask) for thing in scene.objects] + [(band.name, band.mask) for band in scene.bands]
     parts = tuple(
-        (part.name, cv2.resize(part.mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0)
-        for part in (*scene.objects, *scene.bands)
+        (name, cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0) for name, mask in masks
     )
     return SmallScene(
         cv2.cvtColor(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2RGB).astype(np.uint8),
@@ -241,14 +305,16 @@ def build_processor() -> Any:
     corpus = texts * 3 + [f"{answer} {answer}" for answer in answers] * 40 + ["system\nuser\nassistant\n"] * 40
     trained.train_from_iterator(corpus, vocab_size=640, min_frequency=2, show_progress=False)
     state = json.loads(trained.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in state["merges"]]  # typed as strings, but pairs are what it takes
     tokenizer = transformers.Qwen2Tokenizer(
-        vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]], eos_token="<|im_end|>",
+        vocab=state["vocab"], merges=merges, eos_token="<|im_end|>",
         pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS),
     )  # fmt: skip
     area = SIDE_PX * SIDE_PX
     images = transformers.Qwen2VLImageProcessor(patch_size=PATCH_PX, merge_size=MERGE, min_pixels=area, max_pixels=area)
     videos = transformers.Qwen2VLVideoProcessor(patch_size=PATCH_PX, merge_size=MERGE)
-    return transformers.Qwen2VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    make: Any = transformers.Qwen2VLProcessor  # its constructor has no types
+    return make(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(processor: Any) -> Any:
@@ -272,7 +338,8 @@ def build_model(processor: Any) -> Any:
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     model = transformers.Qwen2VLForConditionalGeneration(config)
-    model.generation_config = transformers.GenerationConfig(
+    settings: Any = transformers.GenerationConfig  # its constructor has no types
+    model.generation_config = settings(
         do_sample=False, bos_token_id=None, pad_token_id=ids["<|endoftext|>"], eos_token_id=[ids["<|im_end|>"]]
     )
     return model
@@ -297,13 +364,19 @@ def set_rate(chosen: Sequence[torch.optim.Optimizer], share: float) -> None:
 class Trainer:
     """Model, processor and data of one training."""
 
-    def __init__(self, seed: int, pool: int) -> None:
+    def __init__(self, seed: int, pool: int, start: Path | None) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
         self.rng = np.random.default_rng(seed)
         self.processor = build_processor()
         self.model = build_model(self.processor)
-        self.scenes = ScenePool(TRAIN_SEED, pool)
+        self.commands: list[str] = []
+        first_scene = 0
+        if start is not None:
+            self.model = type(self.model).from_pretrained(start, dtype=torch.float32)
+            self.commands = json.loads((start / "mill-demo.json").read_text(encoding="utf-8"))["commands"]
+            first_scene = 1_000_000 * len(self.commands)  # scenes that the earlier training has not seen
+        self.scenes = ScenePool(TRAIN_SEED, pool, first_scene)
         tokenizer = self.processor.tokenizer
         self.end, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
@@ -358,10 +431,10 @@ class Trainer:
         return picture, cells
 
     def questions(self, example: Example) -> list[tuple[str, str, str]]:
-        """Return (which, question, answer) of one region in the pipeline's wording: question 1, and one of the others."""
+        """Return (which, question, answer) in the pipeline's wording: question 1 and one of the others."""
         prompts = DEFAULT_PROMPTS
         pairs = [("presence", prompts.presence, example.presence)]
-        if example.name is not None and self.rng.random() < 0.7:
+        if example.name is not None and self.rng.random() < 0.85:
             pairs.append(("name", prompts.name if self.rng.random() < 0.75 else prompts.name_again, example.name))
         elif example.name is not None:
             layer = "Background" if example.name in BACKGROUND_CLASSES else "Foreground"
@@ -450,7 +523,8 @@ class Trainer:
                 held_out = measure(self, HELD_OUT_SEEDS[0], 160)
                 log.info("held out", **held_out)
                 save(self, folder, held_out)
-        held_out = measure(self, HELD_OUT_SEEDS[0], 400)
+        save(self, folder, {})
+        held_out = accuracy(ask_as_pipeline(open_chat(folder), held_out_examples(HELD_OUT_SEEDS[1], 60)))
         log.info("held out", **held_out)
         save(self, folder, held_out)
 
@@ -459,9 +533,7 @@ class Trainer:
         yield from draw_examples(scene, boosted, self.rng, count)
 
 
-def _descend(
-    chosen: Sequence[torch.optim.Optimizer], loss: torch.Tensor, parameters: Sequence[nn.Parameter]
-) -> None:
+def _descend(chosen: Sequence[torch.optim.Optimizer], loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
     for optimizer in chosen:
         optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -488,6 +560,13 @@ def measure(trainer: Trainer, seed: int, regions: int) -> dict[str, float]:
     return {key: round(tally[key] / tally[f"{key}.all"], 3) for key in sorted(tally) if not key.endswith(".all")}
 
 
+def open_chat(folder: Path) -> TransformersChat:
+    """Load a model folder as the demo does."""
+    return TransformersChat(
+        TransformersChatConfig(model=folder, precision="float32", device="cpu", threads=1, max_new_tokens=8)
+    )
+
+
 def save(trainer: Trainer, folder: Path, held_out: dict[str, float]) -> None:
     """Write the model folder in the official format, in half precision, in one rename."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -497,8 +576,8 @@ def save(trainer: Trainer, folder: Path, held_out: dict[str, float]) -> None:
         trainer.model.save_pretrained(new, state_dict=state)
         trainer.processor.save_pretrained(new)
         about = {
-            "prompts": DEFAULT_PROMPTS.version, "prompt_digest": DEFAULT_PROMPTS.digest(), "command": COMMAND,
-            "held_out": held_out,
+            "prompts": DEFAULT_PROMPTS.version, "prompt_digest": DEFAULT_PROMPTS.digest(),
+            "commands": trainer.commands, "held_out": held_out,
         }  # fmt: skip
         (new / "mill-demo.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if folder.exists():
@@ -510,19 +589,24 @@ def main() -> None:
     """Train with the settings of the shipped model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vision-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=120, help="end the second part after this time at the latest")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="go on from this model folder rather than from nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    trainer = Trainer(arguments.seed, pool=192)
+    trainer = Trainer(arguments.seed, 192, arguments.start)
+    trainer.commands.append(
+        f"{COMMAND} --vision-steps {arguments.vision_steps} --steps {arguments.steps} --minutes {arguments.minutes:g} "
+        f"--batch {arguments.batch} --seed {arguments.seed}" + (" --start FOLDER" if arguments.start else "")
+    )
     log.info("model", parameters=sum(p.numel() for p in trainer.model.parameters()))
     trainer.train_vision(arguments.vision_steps, arguments.batch)
     trainer.train_answers(arguments.steps, arguments.minutes, arguments.batch, arguments.folder, every=200)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
