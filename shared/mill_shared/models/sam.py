@@ -298,6 +298,11 @@ def _build_custom(path: Path) -> Any:
         sizes = msgspec.json.decode(path.read_bytes(), type=Sizes)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"SAM sizes {path}: a custom architecture needs this file: {one_line(error)}") from error
+    return build_sam(sizes)
+
+
+def build_sam(sizes: Sizes) -> Any:
+    """Return an untrained SAM of these sizes; all else is as in the official models."""
     side = sizes.image_size // sizes.patch_size
     return Sam(
         image_encoder=ImageEncoderViT(
