@@ -97,13 +97,18 @@ class Boxes:
     score: NDArray[np.float64]
     """1 for truth."""
     crowd: NDArray[np.bool_]
+    area_px: NDArray[np.float64]
+    """Width x height in the frame that was labelled, where the recipe's size filter works."""
 
     def __len__(self) -> int:
         return len(self.image)
 
     def take(self, which: NDArray[np.bool_] | Places) -> "Boxes":
         """Return the boxes that a mask or places select."""
-        return Boxes(self.image[which], self.name[which], self.xyxy[which], self.score[which], self.crowd[which])
+        return Boxes(
+            self.image[which], self.name[which], self.xyxy[which], self.score[which], self.crowd[which],
+            self.area_px[which],
+        )  # fmt: skip
 
     def is_named(self, names: Collection[str]) -> NDArray[np.bool_]:
         """Return which boxes have one of these names."""
@@ -116,11 +121,11 @@ class Boxes:
             found.setdefault(name, []).append(place)
         return {name: np.array(places) for name, places in found.items()}
 
-    @property
-    def area_px(self) -> NDArray[np.float64]:
-        """Width x height."""
-        found: NDArray[np.float64] = (self.xyxy[:, 2:] - self.xyxy[:, :2]).prod(axis=1)
-        return found
+
+def box_areas(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return width x height of (N, 4) boxes."""
+    found: NDArray[np.float64] = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def overlapping_pairs(labels: Boxes, truth: Boxes, iou: float) -> Pairs:
     order = np.argsort(truth.image, kind="stable")
     first = np.searchsorted(truth.image, labels.image, "left", order)
     count = np.searchsorted(truth.image, labels.image, "right", order) - first
-    label_area, truth_area = labels.area_px, truth.area_px
+    label_area, truth_area = box_areas(labels.xyxy), box_areas(truth.xyxy)
     parts = [Pairs(NOWHERE, NOWHERE, np.zeros(0))]
     for start in range(0, len(labels), BATCH_ROWS):
         these = slice(start, start + BATCH_ROWS)
@@ -231,13 +236,13 @@ def _precision_curves(labels: Boxes, truth: Boxes, least_areas_px: Sequence[floa
         sizes = boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]
         return [
             {
-                "id": number, "image_id": image, "category_id": 1, "bbox": box, "area": box[2] * box[3],
+                "id": number, "image_id": image, "category_id": 1, "bbox": box, "area": area,
                 "iscrowd": int(crowd), "score": score,
             }
-            for number, (image, box, score, crowd) in enumerate(
+            for number, (image, box, area, score, crowd) in enumerate(
                 zip(
                     boxes.image.tolist(), np.concatenate([boxes.xyxy[:, :2], sizes], axis=1).tolist(),
-                    boxes.score.tolist(), boxes.crowd.tolist(), strict=True,
+                    boxes.area_px.tolist(), boxes.score.tolist(), boxes.crowd.tolist(), strict=True,
                 ), 1,
             )
         ]  # fmt: skip
@@ -368,7 +373,7 @@ def read_truth(path: Path) -> Truth:
     file = scan_coco(path)
     names = {category.id: same_name(category.name) for category in file.categories}
     found = np.array([names.get(category) for category in file.category_of.tolist()], np.object_)
-    boxes = Boxes(file.image_of, found, file.boxes_xyxy, np.ones(len(file.ids)), file.crowd)
+    boxes = Boxes(file.image_of, found, file.boxes_xyxy, np.ones(len(file.ids)), file.crowd, box_areas(file.boxes_xyxy))
     usable = ~np.isnan(file.boxes_xyxy).any(axis=1) & np.isin(file.category_of, [*names])
     return Truth(boxes.take(usable), frozenset(names.values()), file.image_ids, file.sha256)
 
@@ -381,12 +386,14 @@ def read_labels(regions: Path) -> tuple[Boxes, int]:
             "from read_parquet(?) where fate = 'kept' order by row, region",
             [str(regions)],
         ).fetchnumpy()
+    boxes_xyxy = np.stack([np.asarray(columns[side], np.float64) for side in ("x0", "y0", "x1", "y1")], axis=1)
     boxes = Boxes(
         np.asarray(columns["image_id"], np.int64),
         np.array([same_name(name) for name in columns["name"]], np.object_),
-        np.stack([np.asarray(columns[side], np.float64) for side in ("x0", "y0", "x1", "y1")], axis=1),
+        boxes_xyxy,
         np.asarray(columns["score"], np.float64),
-        np.zeros(len(columns["name"]), np.bool_),
+        np.zeros(len(boxes_xyxy), np.bool_),
+        box_areas(boxes_xyxy),
     )
     return boxes, int(np.asarray(columns["unscored"]).sum())
 
@@ -424,6 +431,7 @@ def count_funnel(
             np.stack([batch[side].to_numpy() for side in ("x0", "y0", "x1", "y1")], axis=1),
             np.ones(count),
             np.zeros(count, np.bool_),
+            np.zeros(count),
         )
         pairs = overlapping_pairs(candidates, truth, MATCH_IOU)
         step = batch["step"].to_numpy().astype(np.int8)[pairs.label]
@@ -474,15 +482,18 @@ def evaluate_final(config: RunConfig, plan: RunPlan, store: Store, digest: str, 
         base_names = {same_name(name) for name in _classes(scratch / "final").base}
         labels, without_score = read_labels(regions)
         with record_table(gather_final(store, plan, digest, scratch), plan, scratch) as table:
-            recorded = table.connection.execute("select image_id from records where status <> 'failed'").fetchnumpy()
-            images = np.intersect1d(truth.image_ids, recorded["image_id"])
+            recorded = table.connection.execute(
+                "select image_id, coalesce(greatest(width, height), 0) as side from records where status <> 'failed'"
+            ).fetchnumpy()
+            images, _, places = np.intersect1d(truth.image_ids, recorded["image_id"], return_indices=True)
             if not len(images):
                 raise ConfigError(
                     f"{truth_path}: none of its {len(truth.image_ids)} image ids is a labelled image of run "
                     f"{plan.run}; is it the truth of this dataset?"
                 )
-            boxes = truth.boxes.take(np.isin(truth.boxes.image, images))
-            labels = labels.take(np.isin(labels.image, images))
+            max_side = np.inf if label is None else config.dataset.max_side
+            shrunk = np.minimum(1, max_side / np.maximum(recorded["side"][places], 1)) ** 2
+            boxes, labels = _on_images(truth.boxes, images, shrunk), _on_images(labels, images, shrunk)
             counted = boxes.take(~boxes.is_named(base_names) & ~boxes.crowd)
             if not len(counted):
                 raise ConfigError(
@@ -500,6 +511,12 @@ def evaluate_final(config: RunConfig, plan: RunPlan, store: Store, digest: str, 
     key = RunKeys(plan.run).evaluation(digest, found.truth_sha256[:8], "evaluation.json")
     store.put(key, msgspec.json.format(msgspec.json.encode(found), indent=1))
     return found
+
+
+def _on_images(boxes: Boxes, images: NDArray[np.int64], factors: NDArray[np.float64]) -> Boxes:
+    """Return the boxes of some images, ascending, their areas times the image's factor."""
+    found = boxes.take(np.isin(boxes.image, images))
+    return replace(found, area_px=found.area_px * factors[np.searchsorted(images, found.image)])
 
 
 def _classes(folder: Path) -> ClassList:
