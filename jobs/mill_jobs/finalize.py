@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from mill_jobs.config import RunConfig
+from mill_jobs.flat import flatten_records
 from mill_jobs.label import check_chunk_of
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
@@ -102,6 +103,13 @@ class Gathered:
     """(pass, chunk, why)."""
     passes: int
 
+    def files(self) -> dict[int, list[Path]]:
+        """Return pass -> its chunk files, in plan order."""
+        found: dict[int, list[Path]] = {}
+        for item in self.chunks:
+            found.setdefault(item.pass_index, []).append(item.path)
+        return found
+
 
 class ScratchWriter:
     """Files of a final, in a scratch folder until they are published."""
@@ -165,13 +173,11 @@ def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[R
         }
     )
     try:
-        by_pass: dict[int, list[str]] = {}
-        for item in gathered.chunks:
-            by_pass.setdefault(item.pass_index, []).append(str(item.path))
+        by_pass = gathered.files()
         if not by_pass:
             raise CoverageError(f"run {plan.run}: none of its chunks is there; label it first")
         for pass_index, paths in by_pass.items():
-            connection.read_parquet(paths).create_view(f"pass_{pass_index}")
+            connection.read_parquet([str(path) for path in paths]).create_view(f"pass_{pass_index}")
         if list(by_pass) == [0]:
             connection.execute("create view records as select * from pass_0")
         else:
@@ -188,7 +194,9 @@ def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[R
                 f"from ({union}) group by row"
             )
             parts = [
-                f"select p.* from pass_{p} p join newest_pass c on c.row = p.row and c.pass = {p}" for p in by_pass if p > 0
+                f"select p.* from pass_{p} p join newest_pass c on c.row = p.row and c.pass = {p}"
+                for p in by_pass
+                if p > 0
             ]
             if 0 in by_pass:
                 parts.insert(
@@ -208,16 +216,14 @@ def count_outcomes(table: RecordTable) -> tuple[dict[str, int], dict[str, int]]:
     Raises:
         CorruptError: an image has two records.
     """
-    rows = table.connection.execute(
-        "select status, reason, count(*), count(distinct row) from records group by all order by all"
-    ).fetchall()
+    rows = table.connection.execute("select status, reason, count(*) from images group by all order by all").fetchall()
     outcomes = {"ok": 0, "empty": 0, "failed": 0}
     failed: dict[str, int] = {}
-    for status, reason, count, _ in rows:
+    for status, reason, count in rows:
         outcomes[status] += count
         if reason is not None:
             failed[reason] = failed.get(reason, 0) + count
-    total, distinct = table.connection.execute("select count(*), count(distinct row) from records").fetchall()[0]
+    total, distinct = table.connection.execute("select count(*), count(distinct row) from images").fetchall()[0]
     if total != distinct:
         raise CorruptError(f"{total - distinct} images have more than one record; run `mill verify`")
     outcomes["missing"] = table.images - total
@@ -314,10 +320,10 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
         settings = config.finalize
         base_path = None if settings.base is None else local_file(settings.base, config, scratch, "finalize.base")
         with ThreadPoolExecutor(1) as pool:
-            base_digest = None if base_path is None else pool.submit(file_sha256, base_path)
+            opening = pool.submit(open_base, base_path, settings.taxonomy, settings.base_classes)
             gathered = gather_chunks(store, plan, scratch)
-            base_sha256 = None if base_digest is None else base_digest.result()
-        base = open_base(base_path, settings.taxonomy, settings.base_classes)
+            base = opening.result()
+        base_sha256 = None if base is None or base.file is None else base.file.sha256
         finalize_part = {
             "finalize": settings.model_dump(mode="json", exclude={"base"}),
             "recipe": config.recipe.finalize.model_dump(mode="json"),
@@ -333,6 +339,7 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
             }
         )[:16]
         with record_table(gathered, plan, scratch) as table:
+            flatten_records(table.connection, gathered.files(), scratch / "flat", chunk_size=plan.chunk_size)
             outcomes, failed = count_outcomes(table)
             check_coverage(config, plan, store, gathered, table, base, outcomes, failed)
             existing = read_manifest(store, plan.run, digest)

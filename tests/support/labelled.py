@@ -6,6 +6,7 @@ from pathlib import Path
 import duckdb
 
 from mill_jobs.finalize import ScratchWriter
+from mill_jobs.flat import flatten_records
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
@@ -37,7 +38,7 @@ def finalize_records(
         images: of the plan; default: the records.
         chunk_size: records a chunk file.
         threads: of duckdb.
-        backwards: give the chunks in the wrong order, as several passes do.
+        backwards: the first half of the chunks comes from a second pass, behind the others.
     """
     chunks = folder.parent / f"{folder.name}-chunks"
     chunks.mkdir(parents=True)
@@ -46,7 +47,11 @@ def finalize_records(
         meta = ChunkMeta(label_digest="0" * 64, pass_index=0, chunk=chunk)
         files.append(chunks / f"{chunk:06d}.parquet")
         files[-1].write_bytes(encode_chunk(records[start : start + chunk_size], meta, EVIDENCE))
+    half = len(files) // 2 if backwards else 0
+    passes = {0: files[half:], 1: files[:half]} if half else {0: files}
     with duckdb.connect(config={"threads": threads}) as connection:
-        connection.read_parquet([str(path) for path in files[:: -1 if backwards else 1]]).create_view("records")
+        paths = [str(path) for index in sorted(passes) for path in passes[index]]
+        connection.read_parquet(paths).create_view("records")
+        flatten_records(connection, passes, chunks / "flat", chunk_size=chunk_size)
         table = RecordTable(connection, len(records) if images is None else images)
         return finalize(config, table, base, ScratchWriter(folder))

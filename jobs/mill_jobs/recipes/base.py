@@ -69,7 +69,8 @@ class RecordTable:
     """All records of a run in plan order, one an image, re-readable.
 
     The connection has the view `records` with the columns of `mill_shared.records.chunk_schema`. Rows come in file
-    order; order by (row, position of the region) wherever the order matters.
+    order; order by (row, position of the region) wherever the order matters. For finalize it also has the narrow views
+    of `mill_jobs.flat`, in plan order: cheaper wherever masks and evidence are not needed.
     """
 
     connection: duckdb.DuckDBPyConnection

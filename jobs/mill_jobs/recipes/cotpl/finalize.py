@@ -112,7 +112,7 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
     return summarize(config, table, base, out, counts, selection, classes)
 
 
-# From records to one table in plan order
+# From records to a row a region
 
 
 def read_batches(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
@@ -131,33 +131,20 @@ def read_batches(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Tabl
 
 
 def load_regions(con: duckdb.DuckDBPyConnection, *, masks: bool, float_boxes: bool) -> None:
-    """Make the tables `images` (without regions) and `asked` (a row a region), both in plan order."""
-    con.execute("create temp table images as select row, image_id, key, width, height, status, reason from records")
+    """Make `asked`, a row a region in plan order: the narrow view, or a table where masks or evidence are wanted."""
+    if not masks and not float_boxes:
+        con.execute("create temp view asked as select * from regions")
+        return
     con.execute(
-        "create temp table asked as select row, image_id, width, height, place - 1 as region, "
-        "r.x0 as x0, r.y0 as y0, r.x1 as x1, r.y1 as y1, r.score as score, r.fate as fate, r.reason as reason, "
-        "case when r.fate = 'foreground' then coalesce(r.label, '') else r.label end as label"
+        "create temp table nested as select row, image_id, width, height, place - 1 as region, "
+        "r.x0 as x0, r.y0 as y0, r.x1 as x1, r.y1 as y1, r.score as score, r.label as label, r.fate as fate, "
+        "r.reason as reason"
         + (", coalesce(r.evidence.float_box, false) as float_box" if float_boxes else "")
         + (", case when r.fate = 'foreground' then r.mask end as mask" if masks else "")
         + " from (select row, image_id, width, height, unnest(regions) as r, "
-        "generate_subscripts(regions, 1) as place from records)"
+        "generate_subscripts(regions, 1) as place from records) order by row, region"
     )
-    for name, order in (("images", "row"), ("asked", "row, region")):
-        if not _is_in_order(con, name):
-            con.execute(f"create temp table sorted as select * from {name} order by {order}")
-            con.execute(f"drop table {name}")
-            con.execute(f"alter table sorted rename to {name}")
-
-
-def _is_in_order(con: duckdb.DuckDBPyConnection, name: str) -> bool:
-    """Records come in file order, which is plan order unless images were labelled again."""
-    last = -1
-    for batch in read_batches(con, f"select row from {name}"):
-        rows = batch["row"].to_numpy()
-        if rows[0] < last or (np.diff(rows) < 0).any():
-            return False
-        last = rows[-1]
-    return True
+    con.execute("create temp view asked as select *, rowid as place from nested")
 
 
 # Names and classes
@@ -173,7 +160,7 @@ def count_names(
     labels = [
         label
         for (label,) in con.execute(
-            "select distinct label from asked where fate = 'foreground' order by label"
+            "select distinct coalesce(label, '') as label from asked where fate = 'foreground' order by label"
         ).fetchall()
     ]
     listed = config.selection.names if config.selection.by == "list" else ()
@@ -186,8 +173,8 @@ def count_names(
     con.register("names", table)
     rows = con.execute(
         "select name, count(*), count(distinct row), min(place) from "
-        "(select row, rowid as place, label from asked where fate = 'foreground') join names using (label) "
-        "group by name"
+        "(select row, place, coalesce(label, '') as label from asked where fate = 'foreground') "
+        "join names using (label) group by name"
     ).fetchall()
     con.unregister("names")
     base_names = frozenset(() if base is None else base.base)
@@ -282,7 +269,7 @@ def find_duplicates(
     found = con.sql(
         "select distinct place from (select place, area, (bx1 - bx0) * (by1 - by0) as b_area, crowd, "
         "greatest(0, least(x1, bx1) - greatest(x0, bx0)) * greatest(0, least(y1, by1) - greatest(y0, by0)) as shared "
-        "from (select rowid as place, image_id, x0, y0, x1, y1, (x1 - x0) * (y1 - y0) as area from asked "
+        "from (select place, image_id, x0, y0, x1, y1, (x1 - x0) * (y1 - y0) as area from asked "
         "where fate = 'foreground' and label in (select label from chosen)) join base_boxes using (image_id)) "
         f"where shared > 0 and shared / (case when crowd then area else area + b_area - shared end) > {iou!r}"
     ).to_arrow_table()
@@ -326,7 +313,7 @@ class Batches:
 
     def _settle(self, batch: pa.Table, duplicates: NDArray[np.int64]) -> pa.Table:
         is_foreground = pc.equal(batch["fate"], "foreground")
-        index = pc.index_in(batch["label"], value_set=self.meanings["label"])
+        index = pc.index_in(pc.fill_null(batch["label"], ""), value_set=self.meanings["label"])
         index = pc.if_else(is_foreground, index, pa.scalar(None, index.type))
         found = {name: self.meanings[name].take(index) for name in MEANINGS_SCHEMA.names}
         fate = pc.coalesce(found["fate"], batch["fate"])
@@ -508,7 +495,7 @@ def summarize(
     asked = _count(con, "select fate, reason, count(*) from asked group by all order by all")
     dropped = _count(
         con,
-        "select d.reason, null, count(*) from (select unnest(dropped) as d from records) group by all order by all",
+        "select reason, null, sum(count)::bigint from dropped group by all order by all",
     )
     settled = con.execute(
         "select fate, count(*) from read_parquet(?) where name is not null group by fate",
