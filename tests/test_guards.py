@@ -57,7 +57,10 @@ def sections(section: type[Section]) -> set[type[Section]]:
     return found
 
 
-@pytest.mark.parametrize("section", sorted(sections(RunConfig), key=lambda s: s.__name__), ids=lambda s: s.__name__)
+SECTIONS = sorted(sections(RunConfig), key=lambda section: section.__name__)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=[section.__name__ for section in SECTIONS])
 def test_every_config_field_says_what_it_is(section: type[Section]) -> None:
     assert [name for name, field in section.model_fields.items() if not field.description] == []
 

@@ -4,7 +4,6 @@ import json
 
 import msgspec
 import pytest
-from simulation import MemoryStore, image_store, make_plan
 
 from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, PlanMismatch
 from mill_shared.keys import RunKeys
@@ -24,6 +23,7 @@ from mill_shared.plan import (
     write_pass,
     write_plan,
 )
+from simulation import MemoryStore, image_store, make_plan
 
 
 def plan_of(images: list[ImageRow], **changes: object) -> RunPlan:
@@ -45,7 +45,9 @@ def test_other_names_get_ids_that_new_images_never_shift() -> None:
 
 
 def test_two_images_with_one_id_are_an_error_that_names_both() -> None:
-    with pytest.raises(ConfigError, match=r"images 0007\.jpg and 7\.png have one id, 7; rename one or set dataset\.ids"):
+    with pytest.raises(
+        ConfigError, match=r"images 0007\.jpg and 7\.png have one id, 7; rename one or set dataset\.ids"
+    ):
         assign_ids(["0007.jpg", "7.png"], "auto")
 
 
@@ -66,7 +68,9 @@ def test_a_folder_without_pictures_is_an_error() -> None:
 
 
 def coco(*images: tuple[int, str]) -> bytes:
-    return json.dumps({"annotations": [{}], "images": [{"id": i, "file_name": n, "width": 1} for i, n in images]}).encode()
+    return json.dumps(
+        {"annotations": [{}], "images": [{"id": i, "file_name": n, "width": 1} for i, n in images]}
+    ).encode()
 
 
 def test_a_coco_file_gives_images_and_ids() -> None:
@@ -117,7 +121,9 @@ def test_a_plan_is_made_once_and_then_adopted() -> None:
 def test_another_identity_is_refused_with_every_difference_named() -> None:
     plan = plan_of([ImageRow(1, "a", 1, "")], run="r", identity={"chunk": 32, "threshold": 0.8})
     compare_identity(plan, {"chunk": 32, "threshold": 0.8}, {"weights": "x"})
-    with pytest.raises(PlanMismatch, match=r"threshold: 0\.8 in the plan, 0\.7 now; weights \(SHA-256\): 'x' in the plan"):
+    with pytest.raises(
+        PlanMismatch, match=r"threshold: 0\.8 in the plan, 0\.7 now; weights \(SHA-256\): 'x' in the plan"
+    ):
         compare_identity(plan, {"chunk": 32, "threshold": 0.7}, {"weights": "y"})
     compare_identity(plan, {"chunk": 32, "threshold": 0.8}, None)
 

@@ -1,0 +1,1 @@
+"""Toy scenes, tiny models and how they were trained: the demo needs no downloads."""

@@ -1,10 +1,9 @@
 """The two `match` statements that wire the recipes to the commands."""
 
-from mill_shared.coco import CocoBase
-
 from mill_jobs.config import RunConfig
 from mill_jobs.recipes.base import FinalWriter, Labeller, RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplConfig
+from mill_shared.coco import CocoBase
 from mill_shared.errors import ConfigError
 
 
@@ -15,9 +14,11 @@ def build_labeller(config: RunConfig) -> Labeller:
         ConfigError: weights are missing or unusable, or the labels of this run were imported.
     """
     match config.recipe:
-        case CotplConfig(label=None):
-            raise ConfigError("recipe.label is not set: the labels of this run are imported, there is nothing to label")
         case CotplConfig(label=label):
+            if label is None:
+                raise ConfigError(
+                    "recipe.label is not set: the labels of this run are imported, there is nothing to label"
+                )
             from mill_jobs.recipes.cotpl.label import build_labeller as build
 
             return build(label)
