@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from runs import mill
-
 from mill_jobs.demo.scenes import BASE_CLASSES, HELD_OUT_SEEDS, NOVEL_CLASSES, TRAIN_SEED
+from runs import mill
 
 SCENES = 40
 LEAST_PRECISION, LEAST_RECALL = 0.90, 0.78
