@@ -11,6 +11,7 @@ from mill_jobs.recipes.cotpl.prompts import DEFAULT_PROMPTS
 SEED = HELD_OUT_SEEDS[2]
 """Checkpoints were compared on the other held-out seeds, never on this one."""
 SCENES = 9
+"""61 regions. The figures below are the shipped model's own on them; after a retraining, put the new ones."""
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +40,26 @@ def test_the_folder_is_small_and_loads_with_transformers_alone() -> None:
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)
     assert isinstance(processor, Qwen2VLProcessor)
     assert isinstance(model, Qwen2VLForConditionalGeneration)
+    # A folder inside, such as a stray copy, would become part of the model's digest.
+    assert all(path.is_file() and path.suffix != ".py" for path in FOLDER.iterdir())
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 6_000_000
-    assert not list(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize(
-    ("kinds", "question", "least"),
+    ("kinds", "question", "measured"),
     [
-        (("clean", "ragged"), "presence", 0.0),
-        (("clean", "ragged"), "name", 0.0),
-        (("clean", "ragged"), "name_again", 0.0),
-        (("band", "piece"), "presence", 0.0),
-        (("band", "piece"), "name", 0.0),
-        (("part", "union"), "presence", 0.0),
-        (("speck",), "presence", 0.0),
-        (("clean", "ragged", "band", "piece"), "layer", 0.0),
-        (("clean", "ragged", "band", "piece"), "layer_reference", 0.0),
+        (("clean", "ragged"), "presence", 0.9444),
+        (("clean", "ragged"), "name", 0.8333),
+        (("clean", "ragged"), "name_again", 0.7778),
+        (("band", "piece"), "presence", 1),
+        (("band", "piece"), "name", 1),
+        (("part", "union"), "presence", 0.6875),
+        (("speck",), "presence", 1),
+        (("clean", "ragged", "band", "piece"), "layer", 1),
+        (("clean", "ragged", "band", "piece"), "layer_reference", 1),
     ],
 )
 def test_held_out_regions_are_answered_as_well_as_when_it_was_shipped(
-    marks: list[Mark], kinds: tuple[str, ...], question: str, least: float
+    marks: list[Mark], kinds: tuple[str, ...], question: str, measured: float
 ) -> None:
-    assert right(marks, kinds, question) >= least
+    assert right(marks, kinds, question) >= measured - 0.03
