@@ -34,6 +34,7 @@ check: setup ## Formatting, lint, types, layers
 	@$(RUN) ruff check .
 	@$(RUN) mypy
 	@$(RUN) lint-imports
+	@$(UV) lock --check --quiet
 
 format: setup ## Bring the code into its one format
 	@$(RUN) ruff format .
