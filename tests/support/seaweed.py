@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 ACCESS_KEY, SECRET_KEY = "mill-test", "mill-test-secret"
 BUCKET = "mill"
@@ -74,7 +78,7 @@ class SeaweedFS:
             self.process.wait(30)
             self.process = None
 
-    def client(self):  # type: ignore[no-untyped-def]  # boto3 makes its types at run time
+    def client(self) -> "S3Client":
         """Return a plain boto3 client with the right keys."""
         return boto3.client(
             "s3", endpoint_url=self.endpoint, aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY,
