@@ -10,10 +10,10 @@ from typing import Self
 
 import msgspec
 import structlog
-from mill_shared.storage import Store
 
 from mill_shared.errors import ExitCode, KeyMissing, MillError
 from mill_shared.keys import RunKeys
+from mill_shared.storage import Store
 
 log = structlog.get_logger()
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
-from mill_shared.storage import Store, open_store
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import LabelResult, LabelWorker, Shard
@@ -25,6 +24,7 @@ from mill_shared.plan import (
     write_pass,
     write_plan,
 )
+from mill_shared.storage import Store, open_store
 
 log = structlog.get_logger()
 

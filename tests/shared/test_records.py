@@ -25,7 +25,8 @@ RECORDS = [
         regions=(
             Region(
                 (1.5, 2.0, 30.25, 40.0), "foreground", label="dog", score=0.1 + 0.2,
-                mask=RegionMask(480, 640, b"\x00ab"), text_id=7, view="flip", evidence={"stability": 0.9, "answers": ["Yes", "Dog\n"]},
+                mask=RegionMask(480, 640, b"\x00ab"), text_id=7, view="flip",
+                evidence={"stability": 0.9, "answers": ["Yes", "Dog\n"]},
             ),
             Region((0.0, 0.0, 1.0, 1.0), "absent", reason="no", evidence={"stability": 1.0, "answers": []}),
         ),

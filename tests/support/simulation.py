@@ -7,13 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
-from mill_shared.storage import Entry
 
 from mill_jobs.config import RunConfig
 from mill_jobs.recipes.base import Outcome, Sample
 from mill_shared.errors import AlreadyExists, KeyMissing
 from mill_shared.plan import RunPlan, build_plan, list_images, write_plan
 from mill_shared.records import ImageRecord, Region
+from mill_shared.storage import Entry
 
 EVIDENCE = pa.struct([("seen", pa.int64())])
 
