@@ -29,8 +29,8 @@ SEED_ZEROS = [12, 27, 31, 32, 34, 35, 52, 58, 60, 76, 77, 78]
 SEED_EXTRAS = (
     "['fish', 'stick', 'box', 'lamp', 'house', 'pen', 'camera', 'desk', 'plate', 'table', 'door', 'gun', 'plane', "
     "'shoe', 'phone', 'light', 'cabinet', 'cloth', 'window', 'wall', 'bone', 'hand', 'sword', 'triangle', 'worm', "
-    "'bridge', 'shirt', 'pillow', 'stone', 'square', 'fruit', 'computer', 'ship', 'snake', 'bread', 'tomato', 'arm', 'basket', "
-    "'bathroom', 'bat', 'tennis player', 'leg', 'chicken', 'sign']"
+    "'bridge', 'shirt', 'pillow', 'stone', 'square', 'fruit', 'computer', 'ship', 'snake', 'bread', 'tomato', 'arm', "
+    "'basket', 'bathroom', 'bat', 'tennis player', 'leg', 'chicken', 'sign']"
 )
 """Source: specs/cotpl.md 4: the 64-list without COCO's names, in its order."""
 
