@@ -76,6 +76,7 @@ def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return the (N, N) numbers of pixels that (N, H, W) masks share; the diagonal holds the areas.
 
     Rows are packed to bits, and only pairs whose boxes overlap are counted, inside the smaller box's rows and words.
+    Memory: N x H x W / 8 bytes beside the masks, and as much again for a mask that meets all others.
     """
     count, height, width = masks.shape
     words = -(-width // 64)
@@ -83,14 +84,14 @@ def mask_intersections(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     packed[..., : -(-width // 8)] = np.packbits(masks, axis=2)
     bits = packed.view(np.uint64)
     boxes = mask_boxes(masks).astype(np.int64)
+    by_size = np.argsort((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
     found = np.zeros((count, count), np.int64)
-    for i in range(count):
+    for rank, i in enumerate(by_size):
         x0, y0, x1, y1 = boxes[i]
-        if x1 == x0:
-            continue
         window = (slice(y0, y1), slice(x0 // 64, -(-x1 // 64)))
-        others = boxes[i:]
-        near = i + np.flatnonzero((others[:, 0] < x1) & (others[:, 2] > x0) & (others[:, 1] < y1) & (others[:, 3] > y0))
+        others = by_size[rank:]
+        left, top, right, bottom = boxes[others].T
+        near = others[(left < x1) & (right > x0) & (top < y1) & (bottom > y0)]
         shared = np.bitwise_count(bits[(near, *window)] & bits[(i, *window)]).sum(axis=(1, 2), dtype=np.int64)
         found[i, near] = found[near, i] = shared
     return found

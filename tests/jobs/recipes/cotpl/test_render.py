@@ -81,6 +81,8 @@ def test_equals_the_literal_rendering(seed: int) -> None:
         bbox_xywh = (x, y, width - 1, height - 1)
         found = render_region(image_rgb, boosted, mask, bbox_xywh)
         assert largest_difference(found, literal(image_bgr, mask, bbox_xywh)) <= 1
+        by_columns = np.asfortranarray(mask)  # as run-length codes are decoded
+        assert np.array_equal(render_region(image_rgb, boosted, by_columns, bbox_xywh), found)
 
 
 def test_every_level_is_boosted_as_in_full_precision() -> None:
