@@ -25,9 +25,10 @@ IMAGE_ROW_GROUP = 65_536
 PATH_ID_BITS = 53
 """Ids made from paths fit into the integers that JSON readers keep exact."""
 
-_IMAGE_SCHEMA = pa.schema(
-    [("image_id", pa.int64()), ("key", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
-)
+_IMAGE_COLUMNS: dict[str, pa.DataType] = {
+    "image_id": pa.int64(), "key": pa.string(), "size_bytes": pa.int64(), "etag": pa.string()
+}  # fmt: skip
+_IMAGE_SCHEMA = pa.schema(_IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def read_pass(store: Store, plan: RunPlan, index: int) -> LabelPass | None:
 
 def read_passes(store: Store, plan: RunPlan) -> list[LabelPass]:
     """Return all passes of a run, in order."""
-    passes = []
+    passes: list[LabelPass] = []
     while (found := read_pass(store, plan, len(passes))) is not None:
         passes.append(found)
     return passes

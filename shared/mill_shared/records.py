@@ -91,7 +91,7 @@ class ChunkMeta(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = "0" * 64
 
 
-_META_KEY = b"labelmill"
+_META_KEY = "labelmill"
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"\}')
 _FOOTER_TAIL_BYTES = 8
 _COMPRESSED = (
@@ -122,21 +122,20 @@ def chunk_schema(evidence: pa.StructType) -> pa.Schema:
             ("evidence", evidence),
         ]
     )
-    return pa.schema(
-        [
-            ("row", pa.int64()),
-            ("image_id", pa.int64()),
-            ("key", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("status", pa.string()),
-            ("reason", pa.string()),
-            ("detail", pa.string()),
-            ("files", pa.list_(pa.struct([("name", pa.string()), ("sha256", pa.string())]))),
-            ("regions", pa.list_(region)),
-            ("dropped", pa.list_(pa.struct([*_box_fields(), ("score", pa.float64()), ("reason", pa.string())]))),
-        ]
-    )
+    columns: dict[str, pa.DataType] = {
+        "row": pa.int64(),
+        "image_id": pa.int64(),
+        "key": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "status": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "files": pa.list_(pa.struct([("name", pa.string()), ("sha256", pa.string())])),
+        "regions": pa.list_(region),
+        "dropped": pa.list_(pa.struct([*_box_fields(), ("score", pa.float64()), ("reason", pa.string())])),
+    }
+    return pa.schema(columns)
 
 
 def _box_dict(box: Box) -> dict[str, float]:
@@ -188,7 +187,9 @@ def encode_table(table: pa.Table, meta: ChunkMeta) -> bytes:
         store_schema=False,
     ) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({_META_KEY: msgspec.json.encode(msgspec.structs.replace(meta, digest="0" * 64))})
+        writer.add_key_value_metadata(
+            {_META_KEY: msgspec.json.encode(msgspec.structs.replace(meta, digest="0" * 64)).decode()}
+        )
     data = bytearray(sink.getvalue())
     start = _digest_start(data)
     data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
