@@ -20,7 +20,7 @@ from mill_jobs.finalize import fetch_final, record_table
 from mill_jobs.run import open_images
 from mill_jobs.trainer.classes import ClassList
 from mill_shared.coco import CocoAnnotation, Slice, read_categories, read_sections, xywh_to_xyxy
-from mill_shared.errors import ImageError, KeyMissing
+from mill_shared.errors import ConfigError, ImageError, KeyMissing
 from mill_shared.geometry import Rle, decode_mask
 from mill_shared.pictures import Picture, decode_picture
 from mill_shared.plan import RunPlan
@@ -188,7 +188,13 @@ def _truth_drawn(
             cv2.fillPoly(canvas, [ring.round().astype(np.int32) for ring in rings], (1,))
             mask = canvas > 0
         elif outline is not None and isinstance(outline.counts, str):
-            mask = decode_mask(Rle(outline.size, outline.counts.encode()))
+            try:
+                mask = decode_mask(Rle(outline.size, outline.counts.encode()))
+            except ValueError as error:
+                raise ConfigError(
+                    f"truth: annotation {item.id}: its segmentation is no run-length code of {outline.size[0]} x "
+                    f"{outline.size[1]} pixels"
+                ) from error
         assert item.bbox is not None
         drawn.append(Drawn(xywh_to_xyxy(item.bbox), name, None, None if name in base else mask, name in base))
     return drawn
