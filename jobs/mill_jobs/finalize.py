@@ -5,21 +5,23 @@ references say which final is the newest.
 """
 
 import hashlib
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import duckdb
 import msgspec
 import structlog
 
 from mill_jobs.config import RunConfig
-from mill_jobs.flat import flatten_records
+from mill_jobs.flat import create_views, flatten_chunks
 from mill_jobs.label import check_chunk_of
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
@@ -35,6 +37,7 @@ CHUNKS_IN_FLIGHT = 64
 NAMED_IN_ERRORS = 10
 DUCKDB_MEMORY = "512MB"
 READ_BYTES = 8 * 2**20
+LARGE_BASE_BYTES = 64 * 2**20
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -111,22 +114,43 @@ class Gathered:
         return found
 
 
+class _HashedFile(io.FileIO):
+    """A new file that is hashed while it is written, from its start to its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write some of the data and return how much."""
+        count = super().write(data)
+        assert count is not None, "files never block"
+        self.sha256.update(memoryview(data)[:count])
+        return count
+
+
 class ScratchWriter:
     """Files of a final, in a scratch folder until they are published."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._digests: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         """Open a new file of the final for writing."""
-        with self.path(name).open("xb") as stream:
-            yield stream
+        with _HashedFile(self.path(name)) as file, io.BufferedWriter(file) as stream:
+            yield cast(BinaryIO, stream)
+        self._digests[name] = file.sha256.hexdigest()
 
     def path(self, name: str) -> Path:
         """Return where a file of the final is to be written by another writer."""
         return self.folder / name
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file of the final, as hex."""
+        return self._digests.get(name) or file_sha256(self.path(name))
 
 
 def gather_chunks(store: Store, plan: RunPlan, scratch: Path) -> Gathered:
@@ -319,9 +343,10 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
         scratch = Path(name)
         settings = config.finalize
         base_path = None if settings.base is None else local_file(settings.base, config, scratch, "finalize.base")
-        with ThreadPoolExecutor(1) as pool:
+        with _base_reader(base_path) as pool:
             opening = pool.submit(open_base, base_path, settings.taxonomy, settings.base_classes)
             gathered = gather_chunks(store, plan, scratch)
+            flatten_chunks(gathered.files(), scratch / "flat", chunk_size=plan.chunk_size)
             base = opening.result()
         base_sha256 = None if base is None or base.file is None else base.file.sha256
         finalize_part = {
@@ -339,7 +364,7 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
             }
         )[:16]
         with record_table(gathered, plan, scratch) as table:
-            flatten_records(table.connection, gathered.files(), scratch / "flat", chunk_size=plan.chunk_size)
+            create_views(table.connection, list(gathered.files()), scratch / "flat")
             outcomes, failed = count_outcomes(table)
             check_coverage(config, plan, store, gathered, table, base, outcomes, failed)
             existing = read_manifest(store, plan.run, digest)
@@ -355,10 +380,17 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
             run=plan.run, final=digest, label_digest=plan.label_digest, recipe=plan.recipe, code=code_version(),
             finalize=finalize_part, base_sha256=base_sha256, passes=gathered.passes, images=plan.images,
             records=outcomes, failed=failed, chunks=chunks,
-            files=_publish_files(store, plan.run, digest, writer.folder),
+            files=_publish_files(store, plan.run, digest, writer),
         )  # fmt: skip
         store.put_new(RunKeys(plan.run).manifest(digest), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
         return Finalized(digest, manifest, summary, _publish_ref(store, plan.run, manifest))
+
+
+def _base_reader(base_path: Path | None) -> Executor:
+    """Parsing a large base file would hold the interpreter's lock for seconds, so it gets a process of its own."""
+    if base_path is None or base_path.stat().st_size < LARGE_BASE_BYTES:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def _scratch_parent(store: Store) -> Path | None:
@@ -366,16 +398,16 @@ def _scratch_parent(store: Store) -> Path | None:
     return store.scratch_folder() if isinstance(store, LocalStore) else None
 
 
-def _publish_files(store: Store, run: str, digest: str, folder: Path) -> list[FileEntry]:
+def _publish_files(store: Store, run: str, digest: str, written: ScratchWriter) -> list[FileEntry]:
     keys = RunKeys(run)
 
     def publish(path: Path) -> FileEntry:
-        entry = FileEntry(path.name, path.stat().st_size, file_sha256(path))
+        entry = FileEntry(path.name, path.stat().st_size, written.sha256(path.name))
         store.put_file(keys.final(digest, path.name), path)
         return entry
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(publish, sorted(folder.iterdir())))
+        return list(pool.map(publish, sorted(written.folder.iterdir())))
 
 
 def read_manifest(store: Store, run: str, digest: str) -> Manifest | None:

@@ -5,8 +5,10 @@ files once, costs half of what a query over the nested columns does. The result 
 is read from there as often as needed: memory does not grow with the number of regions.
 """
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 pc: Any = pyarrow.compute
 """Untyped: its stubs refuse plain values as arguments, which its documentation offers."""
 
-IMAGES_AT_ONCE = 2048
+IMAGES_AT_ONCE = 1024
 READERS = 2
 
 _IMAGE: dict[str, pa.DataType] = {
@@ -37,13 +39,38 @@ SCHEMAS = {
     "regions": pa.schema({**{name: _IMAGE[name] for name in _OF_IMAGE}, "region": pa.int64(), **_CORE}),
     "dropped": pa.schema(_DROPPED),
 }
-_LEAVES = [*_IMAGE, *(f"regions.list.element.{name}" for name in _CORE), "dropped.list.element.reason"]
+_REASON = "dropped.list.element.reason"
+_LEAVES = [*_IMAGE, *(f"regions.list.element.{name}" for name in _CORE), _REASON]
 
 
-def flatten_records(
-    connection: duckdb.DuckDBPyConnection, chunks: Mapping[int, Sequence[Path]], folder: Path, *, chunk_size: int
-) -> None:
-    """Make three views of the records, an image's newest `ok` or `empty` one, else its newest `failed`.
+def flatten_chunks(chunks: Mapping[int, Sequence[Path]], folder: Path, *, chunk_size: int) -> None:
+    """Write the images, the regions and the counts of dropped candidates of each pass to a folder.
+
+    Args:
+        chunks: pass -> its chunk files in plan order.
+        folder: scratch; is made.
+        chunk_size: images a chunk.
+    """
+    # The default pool keeps 100 MB of what it was given for many small tables; the system's gives them back.
+    pa.set_memory_pool(pa.system_memory_pool())
+    folder.mkdir(parents=True)
+    at_once = max(1, IMAGES_AT_ONCE // chunk_size)
+    for index, files in chunks.items():
+        groups = [files[start : start + at_once] for start in range(0, len(files), at_once)]
+        with ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(
+                    pq.ParquetWriter(_file(folder, name, index), schema, compression="lz4", write_statistics=False)
+                )
+                for name, schema in SCHEMAS.items()
+            }
+            for tables in _read_ahead(groups):
+                for name, rows in tables.items():
+                    writers[name].write_table(rows)
+
+
+def create_views(connection: duckdb.DuckDBPyConnection, passes: Sequence[int], folder: Path) -> None:
+    """Make views of what `flatten_chunks` wrote: an image's newest `ok` or `empty` record, else its newest `failed`.
 
     `images` has a row an image; `regions` one a region that was asked about, with the columns of its image, its place
     in the record (`region`) and its place among all (`place`); `dropped` the numbers of candidates by image and reason.
@@ -51,59 +78,68 @@ def flatten_records(
 
     Args:
         connection: where the views are made.
-        chunks: pass -> its chunk files in plan order.
-        folder: scratch; is made.
-        chunk_size: images a chunk.
+        passes: those that were written.
+        folder: where.
     """
-    folder.mkdir(parents=True)
-    for index, files in chunks.items():
-        _flatten_pass(files, folder, str(index), files_at_once=max(1, IMAGES_AT_ONCE // chunk_size))
-    if len(chunks) > 1:
-        _choose(connection, sorted(chunks), folder)
-    newest = "all" if len(chunks) > 1 else str(next(iter(chunks)))
-    for name in SCHEMAS:
-        place = ", file_row_number as place" if name == "regions" else ""
-        columns = ", ".join(f'"{column}"' for column in SCHEMAS[name].names)
+    newest: int | str = passes[0]
+    if len(passes) > 1:
+        newest = "newest"
+        _choose(connection, passes, folder)
+    for name, schema in SCHEMAS.items():
+        columns = [f'"{column}"' for column in schema.names]
+        if name == "regions":
+            columns.append("file_row_number as place")
         connection.execute(
-            f"create view {name} as select {columns}{place} from "
-            f"read_parquet('{_quoted(folder / f'{name}-{newest}.parquet')}', file_row_number = true)"
+            f"create view {name} as select {', '.join(columns)} from "
+            f"read_parquet({_literal(_file(folder, name, newest))}, file_row_number = true)"
         )
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+def _file(folder: Path, name: str, index: int | str) -> Path:
+    return folder / f"{name}-{index}.parquet"
 
 
-def _flatten_pass(files: Sequence[Path], folder: Path, name: str, *, files_at_once: int) -> None:
-    groups = [files[start : start + files_at_once] for start in range(0, len(files), files_at_once)]
-    writers = {
-        table: pq.ParquetWriter(folder / f"{table}-{name}.parquet", schema, compression="lz4", write_statistics=False)
-        for table, schema in SCHEMAS.items()
-    }
-    try:
-        with ThreadPoolExecutor(READERS, thread_name_prefix="flatten") as pool:
-            for tables in pool.map(_flatten_files, groups):
-                for table, rows in tables.items():
-                    writers[table].write_table(rows)
-    finally:
-        for writer in writers.values():
-            writer.close()
+def _literal(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _read_ahead(groups: Sequence[Sequence[Path]]) -> Iterator[dict[str, pa.Table]]:
+    """Yield what each group of files holds, in order, with few of them in memory."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="flatten") as pool:
+        waiting: deque[Future[dict[str, pa.Table]]] = deque()
+        for group in groups:
+            waiting.append(pool.submit(_flatten_files, group))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _flatten_files(files: Sequence[Path]) -> dict[str, pa.Table]:
-    read = [pq.ParquetFile(path).read(columns=_LEAVES, use_threads=False) for path in files]
-    table = pa.concat_tables(read).combine_chunks()
+    table = pa.concat_tables([_read_leaves(path) for path in files]).combine_chunks()
     flat = {"images": table.select(list(_IMAGE))}
     parents, regions = _unnested(table["regions"])
-    starts = np.searchsorted(parents, parents)
     columns = {name: table[name].take(pa.array(parents)) for name in _OF_IMAGE}
-    columns["region"] = pa.array(np.arange(len(parents)) - starts)
+    columns["region"] = pa.array(np.arange(len(parents)) - np.searchsorted(parents, parents))
     flat["regions"] = pa.table({**columns, **{name: pc.struct_field(regions, name) for name in _CORE}})
     parents, dropped = _unnested(table["dropped"])
-    reasons = pa.table({"row": table["row"].take(pa.array(parents)), "reason": pc.struct_field(dropped, "reason")})
-    counts = reasons.group_by(["row", "reason"], use_threads=False).aggregate([([], "count_all")])
-    flat["dropped"] = counts.rename_columns(["row", "reason", "count"])
+    reasons = pc.struct_field(dropped, "reason").combine_chunks()
+    kinds = len(reasons.dictionary)
+    counts = np.bincount(parents * kinds + reasons.indices.to_numpy(), minlength=len(table) * kinds)
+    found = np.flatnonzero(counts)
+    flat["dropped"] = pa.table(
+        {
+            "row": table["row"].take(found // kinds),
+            "reason": reasons.dictionary.take(found % kinds),
+            "count": pa.array(counts[found]),
+        }
+    )
     return {name: rows.cast(SCHEMAS[name]) for name, rows in flat.items()}
+
+
+def _read_leaves(path: Path) -> pa.Table:
+    source = pa.BufferReader(path.read_bytes())
+    return pq.ParquetFile(source, read_dictionary=[_REASON]).read(columns=_LEAVES, use_threads=False)
 
 
 def _unnested(lists: Any) -> tuple[Any, Any]:
@@ -116,8 +152,7 @@ def _choose(connection: duckdb.DuckDBPyConnection, passes: Sequence[int], folder
 
     def union(name: str) -> str:
         return " union all ".join(
-            f"select *, {index} as pass from read_parquet('{_quoted(folder / f'{name}-{index}.parquet')}')"
-            for index in passes
+            f"select *, {index} as pass from read_parquet({_literal(_file(folder, name, index))})" for index in passes
         )
 
     connection.execute(
@@ -126,9 +161,8 @@ def _choose(connection: duckdb.DuckDBPyConnection, passes: Sequence[int], folder
         f"from ({union('images')}) group by row"
     )
     for name, order in (("images", "row"), ("regions", "row, region"), ("dropped", "row, reason")):
-        target = _quoted(folder / f"{name}-all.parquet")
         connection.execute(
             f"copy (select * exclude (pass) from ({union(name)}) join flat_newest using (row, pass) order by {order}) "
-            f"to '{target}' (format parquet)"
+            f"to {_literal(_file(folder, name, 'newest'))} (format parquet)"
         )
     connection.execute("drop table flat_newest")

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from mill_shared.errors import ConfigError
 from mill_shared.presets import base_class_names, taxonomy_names
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**20
+"""How much is read and decoded at once; other threads wait that long."""
+COPY_BYTES = 8 * 2**20
 GUESS_BYTES = 2**16
 """How far from its end a block is searched for a place to cut."""
 NAMED_IN_ERRORS = 5
@@ -420,8 +422,11 @@ def scan_coco(path: Path, *, block_bytes: int = BLOCK_BYTES) -> CocoFile:
     return replace(found, faults={what: count for what, count in faults.items() if count})
 
 
-def _joined(parts: Sequence[NDArray[Any]], empty: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(empty, dtype)
+def _joined(parts: list[NDArray[Any]], empty: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Return the parts as one array, and let go of them."""
+    whole = np.concatenate(parts) if parts else np.zeros(empty, dtype)
+    parts.clear()
+    return whole
 
 
 def _repeated(ids: NDArray[np.int64]) -> int:
@@ -429,83 +434,103 @@ def _repeated(ids: NDArray[np.int64]) -> int:
     return int(np.count_nonzero(ordered[1:] == ordered[:-1]))
 
 
-def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
-    source.seek(start)
-    while start < end:
-        block = source.read(min(BLOCK_BYTES, end - start))
-        if not block:
-            raise ConfigError(f"{source.name}: became shorter while it was read")
-        out.write(block)
-        start += len(block)
+class CocoCopy:
+    """Writes a COCO file again with some annotations left out and others, and categories, added. The rest is copied.
 
-
-def _copy_kept(source: BinaryIO, out: BinaryIO, scanned: CocoFile, keep: NDArray[np.bool_]) -> bool:
-    """Write the kept annotations as they stand; runs of slices that are kept whole go out without a look."""
-    wrote = False
-    run: tuple[int, int] | None = None
-    for start, end, first, last in [*scanned.slices, (0, 0, 0, 0)]:
-        kept = keep[first:last]
-        whole = first < last and bool(kept.all())
-        if whole:
-            run = (start if run is None else run[0], end)
-            continue
-        if run is not None:
-            out.write(b"," if wrote else b"")
-            _copy(source, out, *run)
-            wrote, run = True, None
-        if kept.any():
-            source.seek(start)
-            texts = TEXTS.decode(b"[%b]" % source.read(end - start))
-            out.write(b"," if wrote else b"")
-            out.write(b",".join(text for text, is_kept in zip(texts, kept.tolist(), strict=True) if is_kept))
-            wrote = True
-    return wrote
-
-
-def copy_coco(
-    scanned: CocoFile, out: BinaryIO, keep: NDArray[np.bool_], *, annotations: Iterable[bytes] = (),
-    categories: Sequence[CocoCategory] = (),
-) -> None:  # fmt: skip
-    """Write a COCO file again with some annotations left out and others, and categories, added. The rest is copied.
-
-    Args:
-        scanned: the file.
-        out: where to.
-        keep: (annotations of the file,) which of them stay.
-        annotations: JSON text of new ones, in pieces; each object with a comma before it.
-        categories: new ones.
+    In two steps, so that the first can go on while the new annotations are still being made.
     """
-    sections = {section.name: section for section in scanned.sections}
-    with scanned.path.open("rb", buffering=0) as source:
 
-        def put_annotations() -> None:
-            wrote = _copy_kept(source, out, scanned, keep)
+    def __init__(self, scanned: CocoFile, out: BinaryIO, keep: NDArray[np.bool_]) -> None:
+        """Prepare a copy.
+
+        Args:
+            scanned: the file.
+            out: where to.
+            keep: (annotations of the file,) which of them stay.
+        """
+        self._scanned, self._out, self._keep = scanned, out, keep
+        sections = {section.name: section for section in scanned.sections}
+        inside = sections["annotations"].start + 1
+        self._annotations = (scanned.slices[0][0], scanned.slices[-1][1]) if scanned.slices else (inside, inside)
+        self._end_of_categories = sections["categories"].end - 1
+        self._categories_first = self._end_of_categories < inside
+        self._done = 0
+        self._wrote = False
+
+    def begin(self) -> None:
+        """Write all that comes before the first place where something may be added."""
+        with self._scanned.path.open("rb", buffering=0) as source:
+            if self._categories_first:
+                self._copy(source, self._end_of_categories)
+            else:
+                self._copy_annotations(source)
+
+    def finish(self, annotations: Iterable[bytes] = (), categories: Sequence[CocoCategory] = ()) -> None:
+        """Write the rest.
+
+        Args:
+            annotations: JSON text of new ones, in pieces; each object with a comma before it.
+            categories: new ones.
+        """
+        with self._scanned.path.open("rb", buffering=0) as source:
+            if self._categories_first:
+                self._add_categories(categories)
+                self._copy_annotations(source)
             for piece in annotations:
                 if piece:
-                    out.write(piece if wrote else piece[1:])
-                    wrote = True
+                    self._out.write(piece if self._wrote else piece[1:])
+                    self._wrote = True
+            if not self._categories_first:
+                self._copy(source, self._end_of_categories)
+                self._add_categories(categories)
+            self._copy(source, self._scanned.path.stat().st_size)
 
-        def put_categories() -> None:
-            texts = [msgspec.json.encode(category) for category in categories]
-            out.write(b"," if texts and scanned.categories else b"")
-            out.write(b",".join(texts))
+    def _copy(self, source: BinaryIO, end: int) -> None:
+        """Copy what is not copied yet, up to an offset."""
+        source.seek(self._done)
+        while self._done < end:
+            block = source.read(min(COPY_BYTES, end - self._done))
+            if not block:
+                raise ConfigError(f"{self._scanned.path}: became shorter while it was read")
+            self._out.write(block)
+            self._done += len(block)
 
-        inside = sections["annotations"].start + 1
-        first, last = (scanned.slices[0][0], scanned.slices[-1][1]) if scanned.slices else (inside, inside)
-        end_of_categories = sections["categories"].end - 1
-        edits = [(first, last, put_annotations), (end_of_categories, end_of_categories, put_categories)]
-        done = 0
-        for start, end, put in sorted(edits, key=lambda edit: edit[0]):
-            _copy(source, out, done, start)
-            put()
-            done = end
-        _copy(source, out, done, scanned.path.stat().st_size)
+    def _add_categories(self, categories: Sequence[CocoCategory]) -> None:
+        texts = [msgspec.json.encode(category) for category in categories]
+        self._out.write(b"," if texts and self._scanned.categories else b"")
+        self._out.write(b",".join(texts))
+
+    def _copy_annotations(self, source: BinaryIO) -> None:
+        """Write the kept annotations as they stand; runs of slices that are kept whole go out without a look."""
+        first_byte, end_byte = self._annotations
+        self._copy(source, first_byte)
+        run: tuple[int, int] | None = None
+        for start, end, first, last in [*self._scanned.slices, (end_byte, end_byte, 0, 0)]:
+            kept = self._keep[first:last]
+            if first < last and kept.all():
+                run = (start if run is None else run[0], end)
+                continue
+            if run is not None:
+                self._comma()
+                self._done = run[0]
+                self._copy(source, run[1])
+                run = None
+            if kept.any():
+                source.seek(start)
+                texts = TEXTS.decode(b"[%b]" % source.read(end - start))
+                self._comma()
+                self._out.write(b",".join(text for text, stays in zip(texts, kept.tolist(), strict=True) if stays))
+        self._done = end_byte
+
+    def _comma(self) -> None:
+        self._out.write(b"," if self._wrote else b"")
+        self._wrote = True
 
 
 def write_coco(
     out: BinaryIO, images: Iterable[CocoImage], annotations: Iterable[bytes], categories: Iterable[CocoCategory]
 ) -> None:
-    """Write a new COCO file; annotations as in `copy_coco`."""
+    """Write a new COCO file; annotations as in `CocoCopy.finish`."""
     parts = (
         (b'{"images":[', (b"," + msgspec.json.encode(image) for image in images)),
         (b'],"annotations":[', annotations),
@@ -675,5 +700,7 @@ def split_coco(path: Path, base_names: Sequence[str], base_path: Path, novel_pat
     kept = base.kept()
     for target, keep in ((base_path, kept), (novel_path, ~kept)):
         with target.open("wb") as out:
-            copy_coco(base.file, out, keep)
+            copy = CocoCopy(base.file, out, keep)
+            copy.begin()
+            copy.finish()
     return SplitCounts(int(kept.sum()), int((~kept).sum()))

@@ -14,10 +14,10 @@ from mill_shared.coco import (
     IMAGES,
     TEXTS,
     CocoCategory,
+    CocoCopy,
     Section,
     Slice,
     annotations_per_class,
-    copy_coco,
     iterate_annotations,
     open_base,
     read_categories,
@@ -132,10 +132,9 @@ def test_a_copy_changes_nothing_but_what_was_asked(
     scanned = scan_coco(path, block_bytes=block_bytes)
     chosen = np.array(keep[: len(tree["annotations"])], bool)
     out = io.BytesIO()
-    copy_coco(
-        scanned, out, chosen, annotations=[b"", *[b',{"id": 1}'] * added],
-        categories=[CocoCategory(9, "new", "pseudo")] * added,
-    )  # fmt: skip
+    copy = CocoCopy(scanned, out, chosen)
+    copy.begin()
+    copy.finish([b"", *[b',{"id": 1}'] * added], [CocoCategory(9, "new", "pseudo")] * added)
     expected = {
         **tree,
         "annotations": [item for item, kept in zip(tree["annotations"], chosen, strict=True) if kept]

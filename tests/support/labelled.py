@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 
 from mill_jobs.finalize import ScratchWriter
-from mill_jobs.flat import flatten_records
+from mill_jobs.flat import create_views, flatten_chunks
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
@@ -52,6 +52,7 @@ def finalize_records(
     with duckdb.connect(config={"threads": threads}) as connection:
         paths = [str(path) for index in sorted(passes) for path in passes[index]]
         connection.read_parquet(paths).create_view("records")
-        flatten_records(connection, passes, chunks / "flat", chunk_size=chunk_size)
+        flatten_chunks(passes, chunks / "flat", chunk_size=chunk_size)
+        create_views(connection, list(passes), chunks / "flat")
         table = RecordTable(connection, len(records) if images is None else images)
         return finalize(config, table, base, ScratchWriter(folder))

@@ -8,12 +8,13 @@ The records are scanned by duckdb into one narrow table in plan order, and every
 memory does not grow with the number of regions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
-import cv2
 import duckdb
 import msgspec
 import numpy as np
@@ -27,7 +28,7 @@ from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig, SelectionConfig
 from mill_jobs.recipes.cotpl.legacy import write_legacy
 from mill_jobs.recipes.cotpl.names import COTPL_64, exclusions, normalise_names
 from mill_jobs.trainer.classes import ClassList, make_classes, make_weights
-from mill_shared.coco import CocoBase, CocoFile, CocoImage, annotations_per_class, copy_coco, write_coco
+from mill_shared.coco import CocoBase, CocoCopy, CocoFile, CocoImage, annotations_per_class, write_coco
 from mill_shared.errors import ConfigError, InvariantError
 from mill_shared.geometry import Rle, decode_mask, encode_masks, mask_areas
 
@@ -36,7 +37,7 @@ pc: Any = pyarrow.compute
 
 FIRST_ANNOTATION_ID = 909_000_554_146
 """Least id of a pseudo-label beside a base file. Source: specs/cotpl.md 2.3."""
-BATCH_ROWS = 65_536
+BATCH_ROWS = 16_384
 NAMED = 5
 """How many images or classes a message names."""
 
@@ -87,22 +88,28 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
         ConfigError: the selection needs a base file with annotations.
     """
     con, reference = table.connection, config.profile == "reference"
-    with_masks = config.masks and not reference
-    load_regions(con, masks=with_masks, float_boxes=reference or config.legacy_files)
-    names, counts = count_names(con, config, base)
-    selection = select_classes(
-        config.selection, [count for count in counts if count.fate is None], base, images=table.images,
-        by_appearance=reference,
-    )  # fmt: skip
-    classes = make_classes(base, selection.names)
-    meanings = settle_labels(names, counts, classes, selection)
-    duplicates = np.zeros(0, np.int64)
-    if not reference and base is not None and base.file is not None and config.base_duplicate_iou < 1:
-        duplicates = find_duplicates(con, meanings, base, config.base_duplicate_iou)
-    batches = Batches(con, meanings, duplicates, None if base is None else base.file, reference)
-    _write_regions(batches, classes, base, out)
-    written = _read_written(con, out)
-    classes = make_classes(base, selection.names, written)
+    base_file = None if base is None else base.file
+    load_regions(con, masks=config.masks and not reference, float_boxes=reference or config.legacy_files)
+    with out.create("instances.json") as stream, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        copy = None if base is None or base_file is None else CocoCopy(base_file, stream, base.kept())
+        begun = None if copy is None else pool.submit(copy.begin)
+        names, counts = count_names(con, config, base)
+        candidates = [count for count in counts if count.fate is None]
+        selection = select_classes(config.selection, candidates, base, images=table.images, by_appearance=reference)
+        classes = make_classes(base, selection.names)
+        meanings = settle_labels(names, counts, classes, selection)
+        duplicates = np.zeros(0, np.int64)
+        if base is not None and base_file is not None and not reference and config.base_duplicate_iou < 1:
+            duplicates = find_duplicates(con, meanings, base, config.base_duplicate_iou)
+        batches = Batches(con, meanings, duplicates, base_file, reference)
+        annotations = write_regions(batches, out.path("regions.parquet"), pool)
+        if copy is not None and begun is not None:
+            begun.result()
+            copy.finish(annotations, classes.new_categories)
+        else:
+            known = () if base is None else base.categories
+            write_coco(stream, _sized_images(con), annotations, [*known, *classes.new_categories])
+    classes = make_classes(base, selection.names, _read_written(con, out))
     for name, text in (("classes.json", classes.to_json()), ("weights.json", make_weights(classes).to_json())):
         with out.create(name) as stream:
             stream.write(text)
@@ -157,31 +164,26 @@ def count_names(
 
     Base classes and excluded words have their fate here. Source: specs/cotpl.md 3, stage 2.
     """
-    labels = [
-        label
-        for (label,) in con.execute(
-            "select distinct coalesce(label, '') as label from asked where fate = 'foreground' order by label"
-        ).fetchall()
-    ]
+    foreground = "(select row, place, coalesce(label, '') as label from asked where fate = 'foreground')"
+    rows = con.execute(f"select label, count(*), min(place) from {foreground} group by label order by label").fetchall()
+    labels = [label for label, _, _ in rows]
     listed = config.selection.names if config.selection.by == "list" else ()
     known = [*(() if base is None else base.taxonomy), *(COTPL_64 if listed == "cotpl-64" else listed)]
     if config.profile == "reference":
         names = {label: label for label in labels}
     else:
         names = normalise_names(labels, known, config.synonyms)
-    table = pa.table({"label": pa.array(list(names), pa.string()), "name": pa.array(list(names.values()), pa.string())})
-    con.register("names", table)
-    rows = con.execute(
-        "select name, count(*), count(distinct row), min(place) from "
-        "(select row, place, coalesce(label, '') as label from asked where fate = 'foreground') "
-        "join names using (label) group by name"
-    ).fetchall()
-    con.unregister("names")
+    by_name: dict[str, NameCount] = {}
+    for label, boxes, first in rows:
+        count = by_name.get(names[label], NameCount(names[label], 0, 0, first))
+        by_name[names[label]] = replace(count, boxes=count.boxes + boxes, first=min(count.first, first))
+    images = images_per_name(read_batches(con, f"select row, label from {foreground}"), names, list(by_name))
     base_names = frozenset(() if base is None else base.base)
     by = "substring" if config.profile == "reference" else config.exclude_by
-    excluded = exclusions([row[0] for row in rows], config.excluded, by)
+    excluded = exclusions(by_name, config.excluded, by)
     counts = []
-    for count in sorted((NameCount(*row) for row in rows), key=lambda count: (-count.boxes, count.name)):
+    for count in sorted(by_name.values(), key=lambda count: (-count.boxes, count.name)):
+        count = replace(count, images=images[count.name])
         if count.name in base_names:
             count = replace(count, fate="base_class")
         elif count.name in excluded:
@@ -190,6 +192,23 @@ def count_names(
             count = replace(count, fate="excluded", reason="no name")
         counts.append(count)
     return names, counts
+
+
+def images_per_name(batches: Iterator[pa.Table], meaning: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+    """Count the images of each name; batches have row and label, in plan order."""
+    place = {name: index for index, name in enumerate(names)}
+    labels = pa.array(list(meaning), pa.string())
+    name_of = np.array([place[name] for name in meaning.values()], np.int64)
+    counts = np.zeros(len(names), np.int64)
+    before = np.zeros(0, np.int64)
+    for batch in batches:
+        found = name_of[pc.index_in(batch["label"], value_set=labels).to_numpy()]
+        # An image may begin in one batch and end in the next.
+        pairs = np.setdiff1d(batch["row"].to_numpy() * len(names) + found, before)
+        counts += np.bincount(pairs % len(names), minlength=len(names))
+        rows = np.concatenate([before, pairs]) // len(names)
+        before = np.concatenate([before, pairs])[rows == rows.max()]
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def select_classes(
@@ -373,21 +392,13 @@ def _is_kept(batch: pa.Table) -> NDArray[np.bool_]:
 # Writing
 
 
-def _write_regions(batches: Batches, classes: ClassList, base: CocoBase | None, out: FinalWriter) -> None:
-    """Write regions.parquet and instances.json in one pass."""
-    path = out.path("regions.parquet")
-    with out.create("instances.json") as stream, pq.ParquetWriter(path, REGIONS_SCHEMA, compression="zstd") as writer:
-
-        def annotations() -> Iterator[bytes]:
-            for batch in batches:
-                writer.write_table(batch.select(REGIONS_SCHEMA.names).cast(REGIONS_SCHEMA))
-                yield annotation_texts(batch.filter(pa.array(_is_kept(batch))), reference=batches.reference)
-
-        if base is not None and base.file is not None:
-            copy_coco(base.file, stream, base.kept(), annotations=annotations(), categories=classes.new_categories)
-        else:
-            known = () if base is None else base.categories
-            write_coco(stream, _sized_images(batches.con), annotations(), [*known, *classes.new_categories])
+def write_regions(batches: Batches, path: Path, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Write regions.parquet and, in passing, yield the annotations of what is kept as `CocoCopy.finish` takes them."""
+    with pq.ParquetWriter(path, REGIONS_SCHEMA, compression="zstd") as writer:
+        for batch in batches:
+            written = pool.submit(writer.write_table, batch.select(REGIONS_SCHEMA.names).cast(REGIONS_SCHEMA))
+            yield annotation_texts(batch.filter(pa.array(_is_kept(batch))), reference=batches.reference)
+            written.result()
 
 
 def _sized_images(con: duckdb.DuckDBPyConnection) -> Iterator[CocoImage]:
@@ -462,6 +473,8 @@ def scale_mask(rle: Rle, width: int, height: int) -> Rle:
     """Return a mask in another size; a pixel belongs to it where at least half of the interpolated mask does."""
     if rle.size == (height, width):
         return rle
+    import cv2  # 40 MB that only masks of another size need
+
     shades = decode_mask(rle).astype(np.uint8) * 255
     scaled = cv2.resize(shades, (width, height), interpolation=cv2.INTER_LINEAR) >= 128
     return encode_masks(scaled[None])[0]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mill_jobs.recipes.cotpl.finalize as finalize_module
 from labelled import COCO_CATEGORIES, finalize_records
 from mill_jobs.recipes.base import Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
@@ -442,6 +443,13 @@ def test_every_region_ends_with_one_fate_and_all_numbers_add_up(
         assert again == summary
         for path in sorted((folder / "a").iterdir()):
             assert path.read_bytes() == (folder / name / path.name).read_bytes(), path.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finalize_module, "BATCH_ROWS", 2)
+        assert finalize_records(records, config, base, folder / "d", images=images) == summary
+    for path in sorted((folder / "a").iterdir()):
+        if path.suffix != ".parquet":
+            assert path.read_bytes() == (folder / "d" / path.name).read_bytes(), path.name
+    assert pq.read_table(folder / "d" / "regions.parquet").to_pylist() == regions
 
 
 def check_duplicates(regions: list[dict[str, Any]], base: CocoBase | None) -> None:
