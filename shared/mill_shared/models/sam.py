@@ -2,8 +2,12 @@
 
 The method keeps the third of the three masks that SAM gives for a point. Source: specs/cotpl.md 1.3. Everything else
 behaves as the segment-anything package does, without work for masks that are dropped anyway.
+
+Precision: float32 and tf32 as named; bfloat16 and float16 run under autocast, so weights and normalisation stay float32
+and products are rounded. Scores and masks are made from float32 logits in every precision.
 """
 
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,11 @@ from mill_shared.models.protocols import Masks
 
 WHOLE_OBJECT = 2
 """Index of the mask that is kept. Source: specs/cotpl.md 0, fact 1."""
+
+_UNREADABLE = (
+    OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, AttributeError, LookupError, ImportError
+)  # fmt: skip
+"""What torch.load raises, depending on where a file stops making sense."""
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +74,7 @@ class WholeObjectPredictor(SamPredictor):  # type: ignore[misc]  # segment_anyth
 
         Args:
             points: (N, 2), in the frame of the model's input.
-            pred_iou_threshold: masks that promise no more than this are left out.
+            pred_iou_threshold: masks that promise no more than this are left out; at 0 none is.
 
         Returns:
             keep: (N,) bool; logits: (K, H, W) of the kept in the crop's frame; ious: (K,).
@@ -80,7 +89,7 @@ class WholeObjectPredictor(SamPredictor):  # type: ignore[misc]  # segment_anyth
             multimask_output=True,
         )
         ious = ious[:, WHOLE_OBJECT].float()
-        keep = ious > pred_iou_threshold
+        keep = ious > pred_iou_threshold if pred_iou_threshold > 0 else torch.ones_like(ious, dtype=torch.bool)
         kept = low_res[keep, WHOLE_OBJECT : WHOLE_OBJECT + 1].float()
         logits = self.model.postprocess_masks(kept, self.input_size, self.original_size)
         return keep, logits[:, 0], ious[keep]
@@ -88,6 +97,23 @@ class WholeObjectPredictor(SamPredictor):  # type: ignore[misc]  # segment_anyth
 
 class WholeObjectGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]  # segment_anything has no types
     """The package's generator with one mask a point. Masks stay packed bits instead of run-length codes."""
+
+    def __init__(self, model: Any, settings: MaskGeneratorSettings, points_per_batch: int) -> None:
+        super().__init__(
+            model,
+            points_per_side=settings.points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=settings.pred_iou_threshold,
+            stability_score_thresh=settings.stability_threshold,
+            stability_score_offset=settings.stability_offset,
+            box_nms_thresh=settings.box_nms_threshold,
+            crop_n_layers=settings.crop_layers,
+            crop_nms_thresh=settings.crop_nms_threshold,
+            crop_overlap_ratio=settings.crop_overlap_ratio,
+            crop_n_points_downscale_factor=settings.crop_point_downscale,
+            min_mask_region_area=settings.min_mask_region_area_px,
+        )
+        self.predictor = WholeObjectPredictor(model)
 
     def _process_batch(
         self, points: NDArray[np.float64], im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
@@ -100,7 +126,8 @@ class WholeObjectGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]  # 
         data = MaskData(masks=logits, iou_preds=ious, points=torch.as_tensor(points)[keep.cpu()])
         threshold = self.predictor.model.mask_threshold
         data["stability_score"] = calculate_stability_score(data["masks"], threshold, self.stability_score_offset)
-        data.filter(data["stability_score"] >= self.stability_score_thresh)
+        if self.stability_score_thresh > 0:
+            data.filter(data["stability_score"] >= self.stability_score_thresh)
         data["masks"] = data["masks"] > threshold
         data["boxes"] = batched_mask_to_box(data["masks"]).reshape(-1, 4)
         data.filter(~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, width, height]))
@@ -163,8 +190,9 @@ def clean_mask(mask: NDArray[np.bool_], least_area_px: int) -> tuple[NDArray[np.
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return mask, False
-    top, bottom = max(rows[0] - 1, 0), min(rows[-1] + 2, mask.shape[0])
-    left, right = max(columns[0] - 1, 0), min(columns[-1] + 2, mask.shape[1])
+    # From an even pixel, since OpenCV numbers components by blocks of 2 x 2, and the first of equal islands is kept.
+    top, bottom = max(rows[0] - 1, 0) & ~1, min(rows[-1] + 2, mask.shape[0])
+    left, right = max(columns[0] - 1, 0) & ~1, min(columns[-1] + 2, mask.shape[1])
     window = mask[top:bottom, left:right]
     labels, areas = _components(~window)
     small = areas < least_area_px
@@ -214,26 +242,7 @@ class SamMaskGenerator:
             self._model = load_sam(config.checkpoint, config.architecture).to(self._device).eval()
         except torch.AcceleratorError as error:
             raise DeviceLostError(f"{config.checkpoint}: the device failed: {one_line(error)}") from error
-        self._generator = self._build()
-
-    def _build(self) -> WholeObjectGenerator:
-        settings = self._settings
-        generator = WholeObjectGenerator(
-            self._model,
-            points_per_side=settings.points_per_side,
-            points_per_batch=self._points_per_batch,
-            pred_iou_thresh=settings.pred_iou_threshold,
-            stability_score_thresh=settings.stability_threshold,
-            stability_score_offset=settings.stability_offset,
-            box_nms_thresh=settings.box_nms_threshold,
-            crop_n_layers=settings.crop_layers,
-            crop_nms_thresh=settings.crop_nms_threshold,
-            crop_overlap_ratio=settings.crop_overlap_ratio,
-            crop_n_points_downscale_factor=settings.crop_point_downscale,
-            min_mask_region_area=settings.min_mask_region_area_px,
-        )
-        generator.predictor = WholeObjectPredictor(self._model)
-        return generator
+        self._generator = WholeObjectGenerator(self._model, settings, self._points_per_batch)
 
     def generate(self, image_rgb: NDArray[np.uint8], image_id: int) -> Masks:
         """Return the masks of a (H, W, 3) picture.
@@ -259,7 +268,7 @@ class SamMaskGenerator:
         if self._points_per_batch == 1:
             return False
         self._points_per_batch //= 2
-        self._generator = self._build()
+        self._generator = WholeObjectGenerator(self._model, self._settings, self._points_per_batch)
         return True
 
 
@@ -285,7 +294,7 @@ def load_sam(checkpoint: Path, architecture: str) -> Any:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
         raise ConfigError(
             f"SAM checkpoint {checkpoint}: no {architecture} state dict; check recipe.label.masks.architecture, "
             f"or copy the file again: {one_line(error)}"
