@@ -24,7 +24,8 @@ def imported(code: str) -> set[str]:
 
 
 def test_layers_hold() -> None:
-    found = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    linter = Path(sys.executable).parent / "lint-imports"
+    found = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from mill_jobs.demo.scenes import BASE_CLASSES, HELD_OUT_SEEDS, NOVEL_CLASSES, TRAIN_SEED
 from runs import mill
 
@@ -11,6 +13,7 @@ LEAST_PRECISION, LEAST_RECALL = 0.90, 0.78
 """What 500 fresh scenes of each held-out seed gave, less 0.03; see docs/recipes/cotpl.md."""
 
 
+@pytest.mark.timeout(900)
 def test_the_demo_finds_and_names_the_novel_shapes(tmp_path: Path) -> None:
     assert TRAIN_SEED not in HELD_OUT_SEEDS
     ended = mill("demo", "--to", tmp_path, "--images", SCENES, timeout_s=900)
