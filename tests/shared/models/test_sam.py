@@ -1,4 +1,4 @@
-"""The SAM adapter: equal to the package with one mask a point, parity (specs/cotpl.md 8.2), and what it says of errors."""
+"""The SAM adapter: equal to the package with one mask a point, parity (specs/cotpl.md 8.2), and its errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,9 +92,9 @@ class ThirdMaskPredictor(SamPredictor):  # type: ignore[misc]  # segment_anythin
         return masks[:, 2:3], ious[:, 2:3], low_res[:, 2:3]
 
 
-def package_records(wanted: MaskGeneratorSettings, picture: Picture) -> list[Record]:
+def package_records(wanted: MaskGeneratorSettings, picture: Picture, checkpoint: Path = DEMO) -> list[Record]:
     """What segment_anything itself makes of a picture, with the third mask alone."""
-    model = load_sam(DEMO, "custom").eval()
+    model = load_sam(checkpoint, "custom").eval()
     generator = SamAutomaticMaskGenerator(
         model,
         points_per_side=wanted.points_per_side,
@@ -119,7 +119,7 @@ def package_records(wanted: MaskGeneratorSettings, picture: Picture) -> list[Rec
         {},
         {"points_per_side": 6, "crop_layers": 0},
         {"points_per_side": 6, "crop_layers": 0, "min_mask_region_area_px": 0},
-        {"points_per_side": 6, "crop_layers": 0, "pred_iou_threshold": 0.0, "stability_threshold": 0.0},
+        {"points_per_side": 6, "crop_layers": 0, "stability_threshold": 0.0},
         {"crop_point_downscale": 2, "min_mask_region_area_px": 600, "crop_overlap_ratio": 0.5},
         {"box_nms_threshold": 0.5, "crop_nms_threshold": 0.95, "stability_offset": 1.5},
     ],
@@ -137,6 +137,14 @@ def test_equals_the_package_with_the_third_mask_alone(picture: Picture, change: 
     assert [str(array.dtype) for array in (found.masks, found.predicted_ious, found.stabilities)] == [
         "bool", "float32", "float32"
     ]  # fmt: skip
+
+
+def test_a_threshold_of_0_lets_everything_through_as_in_the_package(untrained: Path, picture: Picture) -> None:
+    wanted = SETTINGS.model_copy(update={"pred_iou_threshold": 0, "stability_threshold": 0, "crop_layers": 0})
+    found = SamMaskGenerator(config(untrained), wanted).generate(picture, 0)
+    records = package_records(wanted, picture, untrained)
+    assert found.predicted_ious.tolist() == [record["predicted_iou"] for record in records]
+    assert (found.predicted_ious < 0).any()
 
 
 @pytest.mark.parametrize("crop_layers", [0, 1])
@@ -288,8 +296,8 @@ def test_small_regions_go_as_in_the_package(mask: NDArray[np.bool_], least_area_
 def test_of_equal_islands_the_one_of_the_package_is_kept() -> None:
     """OpenCV numbers components by blocks of 2 x 2, so that a window from an odd row would number them otherwise."""
     mask = np.zeros((30, 30), bool)
-    mask[5, 20:23] = True
-    mask[6, 4:7] = True
+    mask[6, 20:23] = True
+    mask[7, 4:7] = True
     assert np.array_equal(clean_mask(mask, 100)[0], package_clean(mask, 100)[0])
 
 
