@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class _Category(msgspec.Struct):
 
 
 class _Instance(msgspec.Struct):
+    id: int
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
@@ -60,22 +62,30 @@ def _read(path: str) -> _Truth:
         raise ConfigError(f"truth {path}: cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"truth {path}: not a COCO file: {error}") from error
+    sizes = {image.id: (image.height, image.width) for image in found.images}
+    names = {category.id: category.name for category in found.categories}
     instances: dict[int, list[_Instance]] = {}
     for instance in found.annotations:
+        if instance.image_id not in sizes or instance.category_id not in names:
+            raise ConfigError(
+                f"truth {path}: annotation {instance.id} is of image {instance.image_id} and category "
+                f"{instance.category_id}, which are not both in the file"
+            )
         if not instance.iscrowd:
             instances.setdefault(instance.image_id, []).append(instance)
-    return _Truth(
-        {image.id: (image.height, image.width) for image in found.images},
-        {category.id: category.name for category in found.categories},
-        instances,
-    )
+    return _Truth(sizes, names, instances)
 
 
 class OracleMasks:
-    """The truth's masks of an image, each with the best scores."""
+    """The truth's masks of an image, crowds left out, each with the best scores."""
 
     def __init__(self, config: OracleMasksConfig) -> None:
-        self._path, self._truth = config.truth, _read(config.truth)
+        self._truth = _read(config.truth)
+        for instance in chain.from_iterable(self._truth.instances.values()):
+            if not instance.segmentation:
+                raise ConfigError(
+                    f"truth {config.truth}: annotation {instance.id} has no segmentation to make a mask of"
+                )
 
     def generate(self, image_rgb: NDArray[np.uint8], image_id: int) -> Masks:
         """Return the masks of the image's instances, scaled to the frame."""
@@ -92,8 +102,6 @@ class OracleMasks:
     def _mask(self, instance: _Instance) -> NDArray[np.bool_]:
         height, width = self._truth.sizes[instance.image_id]
         code = instance.segmentation
-        if not code:
-            raise ConfigError(f"truth {self._path}: an instance of image {instance.image_id} has no segmentation")
         if isinstance(code, list):
             code = coco_mask.merge(coco_mask.frPyObjects(code, height, width))
         elif isinstance(code["counts"], list):
