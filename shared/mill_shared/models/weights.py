@@ -2,14 +2,18 @@
 
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mill_shared.errors import ConfigError
 
 SUMS = "SHA256SUMS"
+_SUM = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
+"""A line of sha256sum, of a text or a binary file."""
 READ_BYTES = 8 * 2**20
-NOT_WEIGHTS = frozenset({SUMS, "README.md", "LICENSE"})
+NOT_WEIGHTS = frozenset({SUMS, "README", "LICENSE"})
+"""Names without suffix of files that say nothing of what a model answers."""
 
 
 def file_digests(path: Path) -> dict[str, str]:
@@ -29,7 +33,7 @@ def file_digests(path: Path) -> dict[str, str]:
             names = sorted(
                 item.as_posix()
                 for item in found
-                if item.name not in NOT_WEIGHTS and not any(part.startswith(".") for part in item.parts)
+                if item.stem not in NOT_WEIGHTS and not any(part.startswith(".") for part in item.parts)
             )
         else:
             raise ConfigError(f"{path}: no such file or folder; put the weights there, or correct the run file")
@@ -59,10 +63,9 @@ def _read_sums(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition(" ")
-        if len(digest) == 64 and name:
-            found[name.lstrip(" *").removeprefix("./")] = digest.lower()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if match := _SUM.fullmatch(line):
+            found[match["name"].removeprefix("./")] = match["digest"].lower()
     return found
 
 
