@@ -1,9 +1,9 @@
 """Objects under keys, on a path or in a bucket, with the same promises: writes are atomic, put_new is create-once."""
 
 import contextlib
+import errno
 import hashlib
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +24,19 @@ READ_BYTES = 8 * 2**20
 S3_TRIES = 5
 S3_CONNECTIONS = 64
 PART_BYTES = 64 * 2**20
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""What link(2) answers where a file system has no hard links."""
+WRONG_FOR_EVER = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+        errno.ELOOP, errno.EINVAL,
+    }
+)  # fmt: skip
+"""Errors of a file system that no waiting mends; a full disk or a lost mount may come back."""
+S3_MAY_PASS = frozenset(
+    {"SlowDown", "RequestTimeout", "Throttling", "InternalError", "BadDigest", "IncompleteBody", "NoSuchUpload"}
+)
+"""Error codes that another try may not meet, whatever their status."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Entry:
 
 
 class Store(Protocol):
-    """Objects under keys relative to the store's root.
+    """Objects under keys relative to the store's root. For use from many threads.
 
     Every method may raise ConfigError (wrong for ever: no bucket, no permission) and OutsideError (unavailable now).
     """
@@ -93,8 +106,8 @@ def open_store(url: str, config: StorageConfig | None = None) -> Store:
         if not bucket:
             raise ConfigError(f"{url}: no bucket; expected s3://bucket/prefix or a path")
         return S3Store(url, bucket, prefix.strip("/"), config or StorageConfig())
-    if "://" in url:
-        raise ConfigError(f"{url}: unknown kind of store; expected s3://bucket/prefix or a path")
+    if not url or "://" in url:
+        raise ConfigError(f"{url!r}: unknown kind of store; expected s3://bucket/prefix or a path")
     return LocalStore(Path(url))
 
 
@@ -104,12 +117,22 @@ def _checked(key: str) -> str:
     return key
 
 
+def _checked_prefix(prefix: str) -> str:
+    if prefix.startswith("/") or "\\" in prefix or any(part in (".", "..") for part in prefix.split("/")):
+        raise ValueError(f"unsafe prefix: {prefix!r}")
+    return prefix
+
+
 class LocalStore:
-    """A folder. Objects are written beside, flushed to disk and then linked or renamed into place."""
+    """A folder. Objects are written beside, flushed to disk and then linked or renamed into place.
+
+    Create-once needs hard links; a file system without them is refused at the first write, of whatever kind.
+    """
 
     def __init__(self, root: Path) -> None:
         self.url = str(root)
         self._root = root
+        self._has_links = False
 
     def path_of(self, key: str) -> Path:
         """Return the file of an object, to be read only."""
@@ -118,10 +141,11 @@ class LocalStore:
     def scratch_folder(self) -> Path:
         """Return a folder on the same file system for unfinished files; it is made where it is missing."""
         folder = self._root / SCRATCH
-        try:
+        with self._failing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _local_error(folder, error) from error
+            if not self._has_links:
+                self._require_links(folder)
+                self._has_links = True
         return folder
 
     def get(self, key: str) -> bytes:
@@ -143,11 +167,6 @@ class LocalStore:
             except FileExistsError as error:
                 if path.read_bytes() != data:
                     raise AlreadyExists(key) from error
-            except OSError as error:
-                raise ConfigError(
-                    f"{self._root}: this file system has no hard links, which create-once writes need ({error}); "
-                    "use another folder or a bucket"
-                ) from error
 
     def get_file(self, key: str, path: Path) -> None:
         """Copy an object to a file. Raises KeyMissing."""
@@ -181,26 +200,54 @@ class LocalStore:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects whose keys begin with a prefix."""
-        folder = self._root / prefix.rpartition("/")[0] if prefix else self._root
-        found = []
-        for parent, folders, files in os.walk(folder, onerror=self._unreadable):
-            folders[:] = [name for name in folders if name != SCRATCH]
-            for name in files:
-                path = Path(parent) / name
-                key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append(Entry(key, path.stat().st_size, ""))
+        parent = self._root / _checked_prefix(prefix).rpartition("/")[0]
+        with self._failing(parent):
+            if self._root.exists() and not self._root.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder")
+            found = [entry for entry in self._walk(parent, ()) if entry.key.startswith(prefix)]
         yield from sorted(found, key=lambda entry: entry.key)
+
+    def _walk(self, folder: Path, above: tuple[Path, ...]) -> Iterator[Entry]:
+        real = folder.resolve()
+        if real in above:  # a link back to a folder that we are in
+            return
+        try:
+            with os.scandir(folder) as scan:
+                children = [child for child in scan if child.name != SCRATCH]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        relative = folder.relative_to(self._root).as_posix()
+        start = "" if relative == "." else f"{relative}/"
+        for child in children:
+            if child.is_dir():
+                yield from self._walk(folder / child.name, (*above, real))
+            elif child.is_file():
+                with contextlib.suppress(FileNotFoundError):
+                    yield Entry(start + child.name, child.stat().st_size, "")
 
     def size(self, key: str) -> int:
         """Return an object's size in bytes. Raises KeyMissing."""
+        path = self.path_of(key)
         with self._reading(key):
-            return self.path_of(key).stat().st_size
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder")
+            return path.stat().st_size
 
-    def _unreadable(self, error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise _local_error(self._root, error) from error
+    def _require_links(self, folder: Path) -> None:
+        name, second = folder / uuid.uuid4().hex, folder / uuid.uuid4().hex
+        try:
+            name.touch()
+            os.link(name, second)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            raise ConfigError(
+                f"{self._root}: this file system has no hard links, which create-once writes need ({error.strerror}); "
+                "use another folder or a bucket"
+            ) from error
+        finally:
+            name.unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[None]:
@@ -243,20 +290,20 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> "Iterator[Any]":
-    """Open a file that gets its name only when it is complete."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Open a file that gets its name only when it is complete; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             yield stream
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _local_error(path: Path, error: OSError) -> ConfigError | OutsideError:
     text = f"{path}: {error.strerror or error}"
-    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+    if error.errno in WRONG_FOR_EVER:
         return ConfigError(f"{text}; choose a folder that this user may use")
     return OutsideError(text)
 
@@ -267,7 +314,8 @@ class S3Store:
     def __init__(self, url: str, bucket: str, prefix: str, config: StorageConfig, client: Any = None) -> None:
         self.url = url
         self._bucket, self._prefix, self._config = bucket, f"{prefix}/" if prefix else "", config
-        self._client = client or _make_client(config)
+        self._client = client or _make_client(url, config)
+        self._bucket_answered = False
 
     def get(self, key: str) -> bytes:
         """Return an object. Raises KeyMissing."""
@@ -301,7 +349,10 @@ class S3Store:
         from boto3.s3.transfer import TransferConfig
 
         extra = {} if self._config.request_checksum_calculation == "when_required" else {"ChecksumAlgorithm": "SHA256"}
-        transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+        # "classic": the other client, chosen by what is installed, has retries and errors of its own.
+        transfer = TransferConfig(
+            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, preferred_transfer_client="classic"
+        )
         at = self._at(key)
         self._call(
             key, lambda: self._client.upload_file(str(path), at["Bucket"], at["Key"], ExtraArgs=extra, Config=transfer)
@@ -317,20 +368,33 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects whose keys begin with a prefix."""
-        request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        request = {"Bucket": self._bucket, "Prefix": self._prefix + _checked_prefix(prefix)}
+        found = []
         while True:
             page = self._call(prefix, partial(self._client.list_objects_v2, **request))
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
                 if not key.endswith("/"):
-                    yield Entry(key, item["Size"], item.get("ETag", "").strip('"'))
+                    found.append(Entry(key, item["Size"], item.get("ETag", "").strip('"')))
             if not page.get("IsTruncated"):
-                return
+                break
             request["ContinuationToken"] = page["NextContinuationToken"]
+        # Not every server lists in the order of keys: SeaweedFS goes folder by folder, "a/b" before "a-b".
+        yield from sorted(found, key=lambda entry: entry.key)
 
     def size(self, key: str) -> int:
         """Return an object's size in bytes. Raises KeyMissing."""
-        return int(self._call(key, lambda: self._client.head_object(**self._at(key))["ContentLength"]))
+        try:
+            return int(self._call(key, lambda: self._client.head_object(**self._at(key))["ContentLength"]))
+        except KeyMissing:
+            self._require_bucket()
+            raise
+
+    def _require_bucket(self) -> None:
+        # HEAD answers a plain 404 for a missing bucket too.
+        if not self._bucket_answered:
+            self._call("", lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1))
+            self._bucket_answered = True
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + _checked(key)}
@@ -355,47 +419,76 @@ class S3Store:
 
     def _once(self, key: str, action: Callable[[], T]) -> T:
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         place = f"s3://{self._bucket}/{self._prefix}{key}"
         try:
             return action()
         except ClientError as error:
-            raise _s3_error(place, self._bucket, key, error) from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise ConfigError(
-                f"{place}: no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from error
-        except Boto3Error as error:
-            if isinstance(error.__cause__, ClientError):
-                raise _s3_error(place, self._bucket, key, error.__cause__) from error
-            raise OutsideError(f"{place}: {error}") from error
-        except (BotoCoreError, OSError) as error:
-            raise OutsideError(f"{place}: {' '.join(str(error).split())}") from error
+            raise _refusal(place, self._bucket, key, error) from error
+        except Boto3Error as error:  # raised while a ClientError is handled, which alone knows what happened
+            if isinstance(error.__context__, ClientError):
+                raise _refusal(place, self._bucket, key, error.__context__) from error
+            raise OutsideError(f"{place}: {_one_line(error)}") from error
+        except BotoCoreError as error:
+            raise _no_answer(place, error) from error
+        except OSError as error:
+            raise OutsideError(f"{place}: {_one_line(error)}") from error
 
 
-def _s3_error(place: str, bucket: str, key: str, error: Any) -> Exception:
-    code = str(error.response.get("Error", {}).get("Code", ""))
+def _refusal(place: str, bucket: str, key: str, error: Any) -> Exception:
+    """Return our error for an answer of the server (a botocore ClientError)."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(error.response.get("Error", {}).get("Code", "")) or str(status)
     if code == "NoSuchBucket":
         return ConfigError(f"{place}: no such bucket: {bucket}; make it, or correct the URL")
-    if code in ("NoSuchKey", "404", "NotFound") or status == 404:
-        return KeyMissing(key)
     if status == 412 or code == "PreconditionFailed":
         return AlreadyExists(key)
+    if status in (409, 429) or status >= 500 or code in S3_MAY_PASS:
+        return OutsideError(f"{place}: the server answered {code}")
+    if code in ("NoSuchKey", "NotFound") or status == 404:
+        return KeyMissing(key)
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return ConfigError(f"{place}: not permitted ({code}); correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
+        return ConfigError(f"{place}: not permitted ({code}); the session's credentials have run out, get new ones")
+    if code == "RequestTimeTooSkewed":
+        return ConfigError(f"{place}: not permitted ({code}); set this machine's clock")
     if status in (401, 403):
         return ConfigError(
             f"{place}: not permitted ({code}); the credentials need GetObject, PutObject and ListBucket on this prefix"
         )
-    if status in (409, 429) or status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "InternalError"):
-        return OutsideError(f"{place}: {code or status}")
-    return ConfigError(f"{place}: the server refused the request: {code or status} {error}")
+    return ConfigError(f"{place}: the server refused the request: {_one_line(error)}")
 
 
-def _make_client(config: StorageConfig) -> Any:
+def _no_answer(place: str, error: Any) -> ConfigError | OutsideError:
+    """Return our error for a request that did not come to an answer (a botocore BotoCoreError)."""
+    from botocore import exceptions as botocore
+
+    text = f"{place}: {_one_line(error)}"
+    if isinstance(error, (botocore.NoCredentialsError, botocore.PartialCredentialsError)):
+        return ConfigError(f"{place}: no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, botocore.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
+        return ConfigError(f"{text}; set storage.ca_bundle to the authority that signed the server's certificate")
+    passing = (
+        botocore.HTTPClientError, botocore.ConnectionError, botocore.ChecksumError, botocore.IncompleteReadError,
+        botocore.CredentialRetrievalError, botocore.MetadataRetrievalError, botocore.TokenRetrievalError,
+        botocore.FlexibleChecksumError,
+    )  # fmt: skip
+    return OutsideError(text) if isinstance(error, passing) else ConfigError(text)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _make_client(url: str, config: StorageConfig) -> Any:
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
+    if config.ca_bundle is not None and not config.ca_bundle.is_file():
+        raise ConfigError(f"storage.ca_bundle: no such file: {config.ca_bundle}")
     settings = Config(
         retries={"total_max_attempts": 1},
         connect_timeout=min(config.timeout_s, 10),
@@ -404,10 +497,13 @@ def _make_client(config: StorageConfig) -> Any:
         request_checksum_calculation=config.request_checksum_calculation,
         s3={"addressing_style": "path" if config.path_style else "auto"},
     )
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=config.endpoint,
-        region_name=config.region,
-        verify=None if config.ca_bundle is None else str(config.ca_bundle),
-        config=settings,
-    )
+    try:
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=config.endpoint,
+            region_name=config.region,
+            verify=None if config.ca_bundle is None else str(config.ca_bundle),
+            config=settings,
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"{url}: {_one_line(error)}; see the `storage` section") from error
