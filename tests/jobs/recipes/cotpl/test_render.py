@@ -1,11 +1,19 @@
 """Parity with the original's region pictures. Source of expected values: specs/cotpl.md 1.5 and 8.3, tolerance 1."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mill_jobs.recipes.base import Sample
+from mill_jobs.recipes.cotpl.config import LabelConfig
+from mill_jobs.recipes.cotpl.label import CotplLabeller
 from mill_jobs.recipes.cotpl.render import boost_colours, render_region
+from mill_shared.models.config import OracleChatConfig, OracleMasksConfig
+from mill_shared.models.protocols import Answer, Masks, Question
 
 Bgr = tuple[int, int, int]
 Rgb = NDArray[np.uint8]
@@ -97,3 +105,63 @@ def test_the_picture_given_is_left_as_it_was() -> None:
     mask = np.ones((120, 120), bool)
     render_region(image, boost_colours(image), mask, (0, 0, 119, 119))
     assert (image == 77).all()
+
+
+class OneMask:
+    """Finds the same rectangle in every picture."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.mask = np.zeros((1, 140, 180), bool)
+        self.mask[0, :height, :width] = True
+
+    def generate(self, image_rgb: Rgb, image_id: int) -> Masks:
+        return Masks(self.mask, np.ones(1, np.float32), np.ones(1, np.float32))
+
+    def halve_batch(self) -> bool:
+        return False
+
+
+class NothingThere:
+    """Says No, and keeps the questions."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.asked += questions
+        return [Answer("No")] * len(questions)
+
+    def halve_batch(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("profile", "size_px", "is_asked"),
+    [
+        # The original's width and height are one less than the pixels.
+        ("reference", (101, 101), True),
+        ("reference", (100, 102), False),
+        ("reference", (126, 81), True),
+        ("strict", (100, 100), True),
+        ("strict", (99, 101), False),
+        ("strict", (125, 80), True),
+    ],
+)
+def test_size_filter(profile: Literal["strict", "reference"], size_px: tuple[int, int], is_asked: bool) -> None:
+    """Source: specs/cotpl.md 8.3: 100 x 100 is kept, 99 x 101 skipped, 125 x 80 kept. Boxes of pixels are integers."""
+    config = LabelConfig(profile=profile, masks=OracleMasksConfig(truth="-"), chat=OracleChatConfig(truth="-"))
+    masks, chat = OneMask(*size_px), NothingThere()
+    image = np.full((140, 180, 3), 90, np.uint8)
+    sample = Sample(row=0, image_id=1, key="a.jpg", image_rgb=image, width=180, height=140, scale=1.0)
+    (outcome,) = CotplLabeller(config, masks, chat).label([sample])
+
+    less = 1 if profile == "reference" else 0
+    box = (0.0, 0.0, float(size_px[0] - less), float(size_px[1] - less))
+    if is_asked:
+        assert [region.box_xyxy for region in outcome.record.regions] == [box]
+        bbox_xywh = (0, 0, size_px[0] - 1, size_px[1] - 1)
+        expected = render_region(image, boost_colours(image), masks.mask[0], bbox_xywh)
+        assert [np.array_equal(question.picture_rgb, expected) for question in chat.asked] == [True]
+    else:
+        assert [(item.box_xyxy, item.reason) for item in outcome.record.dropped] == [(box, "small")]
+        assert chat.asked == []
