@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from pyarrow.parquet.core import ParquetReader
 
 pc: Any = pyarrow.compute
 """Untyped: its stubs refuse plain values as arguments, which its documentation offers."""
@@ -116,7 +117,7 @@ def _read_ahead(groups: Sequence[Sequence[Path]]) -> Iterator[dict[str, pa.Table
 
 
 def _flatten_files(files: Sequence[Path]) -> dict[str, pa.Table]:
-    table = pa.concat_tables([_read_leaves(path) for path in files]).combine_chunks()
+    table = pa.concat_tables(_read_leaves(files)).combine_chunks()
     flat = {"images": table.select(list(_IMAGE))}
     parents, regions = _unnested(table["regions"])
     columns = {name: table[name].take(pa.array(parents)) for name in _OF_IMAGE}
@@ -137,9 +138,16 @@ def _flatten_files(files: Sequence[Path]) -> dict[str, pa.Table]:
     return {name: rows.cast(SCHEMAS[name]) for name, rows in flat.items()}
 
 
-def _read_leaves(path: Path) -> pa.Table:
-    source = pa.BufferReader(path.read_bytes())
-    return pq.ParquetFile(source, read_dictionary=[_REASON]).read(columns=_LEAVES, use_threads=False)
+def _read_leaves(files: Sequence[Path]) -> Iterator[pa.Table]:
+    """Read the wanted leaves of small files, with the reader inside ParquetFile: its outside costs a third as much."""
+    wanted: list[int] = []
+    for path in files:
+        reader = ParquetReader()
+        reader.open(pa.BufferReader(path.read_bytes()), read_dictionary=[_REASON])
+        if not wanted:
+            schema = reader.metadata.schema
+            wanted = [index for index in range(len(schema)) if schema.column(index).path in _LEAVES]
+        yield reader.read_all(column_indices=wanted, use_threads=False)
 
 
 def _unnested(lists: Any) -> tuple[Any, Any]:

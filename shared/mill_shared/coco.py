@@ -23,7 +23,8 @@ from mill_shared.presets import base_class_names, taxonomy_names
 
 BLOCK_BYTES = 2**20
 """How much is read and decoded at once; other threads wait that long."""
-COPY_BYTES = 8 * 2**20
+COPY_BYTES = 2**20
+"""Larger blocks cost twice the time: each is fresh memory from the system, page by page."""
 GUESS_BYTES = 2**16
 """How far from its end a block is searched for a place to cut."""
 NAMED_IN_ERRORS = 5

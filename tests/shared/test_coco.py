@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mill_shared.coco import (
     CATEGORIES,
     IMAGES,
     TEXTS,
+    CocoBase,
     CocoCategory,
     CocoCopy,
     Section,
@@ -341,3 +343,11 @@ def test_the_readers_know_their_types(tmp_path: Path) -> None:
     path = write_coco(tmp_path / "a.json", images=[{"id": 1, "width": "wide"}])
     with pytest.raises(ConfigError, match=r"images: Expected `int \| null`, got `str`"):
         list(read_sections(path, {"images": IMAGES}))
+
+
+def test_a_base_may_be_read_in_another_process(tmp_path: Path) -> None:
+    base = open_base(write_coco(tmp_path / "a.json"), None, ("person",))
+    assert base is not None
+    again: CocoBase = pickle.loads(pickle.dumps(base))
+    assert annotations_per_class(again, None) == {"person": 2}
+    assert str(pickle.loads(pickle.dumps(ConfigError("a.json: gone")))) == "a.json: gone"
