@@ -20,7 +20,7 @@ from mill_jobs.recipes.cotpl.finalize import scale_mask
 from mill_jobs.trainer.classes import ClassList
 from mill_shared.coco import CocoBase, open_base
 from mill_shared.errors import ConfigError, InvariantError
-from mill_shared.geometry import Rle, box_iou, decode_mask, encode_masks
+from mill_shared.geometry import Rle, box_iou, decode_mask, encode_masks, mask_areas
 from mill_shared.records import Box, Dropped, ImageRecord, Region, RegionMask, Status
 
 SIZE = (640, 480)
@@ -331,6 +331,15 @@ def test_a_scaled_mask_keeps_its_share(height: int, width: int, times: int, seed
     assert scaled.shape == (height * times, width * times)
     if times % 2:
         assert np.array_equal(scaled[times // 2 :: times, times // 2 :: times], mask)
+
+
+def test_areas_of_many_masks() -> None:
+    """Of 256 and more at once pycocotools makes an overflow."""
+    masks = np.zeros((300, 4, 5), bool)
+    for index, mask in enumerate(masks):
+        mask.flat[: index % 21] = True
+    assert mask_areas(encode_masks(masks)).tolist() == [index % 21 for index in range(300)]
+    assert mask_areas([]).tolist() == []
 
 
 # The promises
