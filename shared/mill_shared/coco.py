@@ -41,8 +41,8 @@ class CocoCategory(msgspec.Struct, frozen=True):
     supercategory: str = ""
 
 
-class CocoImage(msgspec.Struct, frozen=True, gc=False):
-    """An entry of `images`."""
+class CocoImage(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """An entry of `images`. What is not known is left out when it is written."""
 
     id: int
     file_name: str = ""

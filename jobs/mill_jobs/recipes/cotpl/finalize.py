@@ -108,7 +108,7 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
             copy.finish(annotations, classes.new_categories)
         else:
             known = () if base is None else base.categories
-            write_coco(stream, _sized_images(con), annotations, [*known, *classes.new_categories])
+            write_coco(stream, _listed_images(con), annotations, [*known, *classes.new_categories])
     classes = make_classes(base, selection.names, _read_written(con, out))
     for name, text in (("classes.json", classes.to_json()), ("weights.json", make_weights(classes).to_json())):
         with out.create(name) as stream:
@@ -401,9 +401,10 @@ def write_regions(batches: Batches, path: Path, pool: ThreadPoolExecutor) -> Ite
             written.result()
 
 
-def _sized_images(con: duckdb.DuckDBPyConnection) -> Iterator[CocoImage]:
-    """Yield the images of which a size is known."""
-    for batch in read_batches(con, "select image_id, key, width, height from images where width is not null"):
+def _listed_images(con: duckdb.DuckDBPyConnection) -> Iterator[CocoImage]:
+    """Yield the images that were decoded, or have labels from elsewhere."""
+    query = "select image_id, key, width, height from images where width is not null or status <> 'failed'"
+    for batch in read_batches(con, query):
         for values in zip(*(batch[name].to_pylist() for name in batch.column_names), strict=True):
             yield CocoImage(*values)
 
@@ -568,9 +569,12 @@ def _notes(
         yield f"{len(idle)} selected classes have no pseudo-label: {_named(idle)}"
     sizes = con.sql("select image_id, width, height from images where width is not null").to_arrow_table()
     if base is None or base.file is None:
-        (unsized,) = con.execute("select count(*) from images where width is null").fetchall()[0]
+        unsized = _count(con, "select status, null, count(*) from images where width is null group by all order by all")
+        failed = unsized.pop("failed", 0)
+        if failed:
+            yield f"{failed} images that could not be read are not in the list of images"
         if unsized:
-            yield f"{unsized} images of unknown size (they were never decoded) are not in the list of images"
+            yield f"{sum(unsized.values())} images are listed without width and height: their labels were imported"
         return
     file = base.file
     dropped = annotations_left_out(base)

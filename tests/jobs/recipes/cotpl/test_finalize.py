@@ -222,11 +222,15 @@ def test_without_a_size_the_base_files_size_bounds_the_box(final: Callable[..., 
     assert instances["annotations"][0]["bbox"] == [0, 400, 640, 80]
 
 
-def test_unsized_images_are_told_where_there_is_no_base_file(final: Callable[..., Any]) -> None:
+def test_images_of_unknown_size_are_told_where_there_is_no_base_file(final: Callable[..., Any]) -> None:
     failed = ImageRecord(row=1, image_id=2, key="2.jpg", status="failed", reason="decode")
-    summary, instances, _, _ = final([record(1, region("dog")), failed], **ALL)
-    assert [image["id"] for image in instances["images"]] == [1]
-    assert any(note.startswith("1 images of unknown size") for note in summary.notes)
+    imported = ImageRecord(row=2, image_id=3, key="3.jpg", status="ok", regions=(region("dog"),))
+    summary, instances, _, _ = final([record(1, region("dog")), failed, imported], **ALL)
+    assert instances["images"] == [
+        {"id": 1, "file_name": "1.jpg", "width": 640, "height": 480}, {"id": 3, "file_name": "3.jpg"},
+    ]  # fmt: skip
+    assert "1 images that could not be read are not in the list of images" in summary.notes
+    assert any(note.startswith("1 images are listed without width and height") for note in summary.notes)
 
 
 # Selection
