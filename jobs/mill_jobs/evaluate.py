@@ -114,6 +114,10 @@ class Boxes:
         """Return which boxes have one of these names."""
         return np.fromiter((name in names for name in self.name), np.bool_, len(self))
 
+    def by_image(self) -> "Boxes":
+        """Return the boxes in the order of images."""
+        return self.take(np.argsort(self.image, kind="stable"))
+
     def by_name(self) -> dict[str, Places]:
         """Return the places of each name."""
         found: dict[str, list[int]] = {}
@@ -124,7 +128,8 @@ class Boxes:
 
 def box_areas(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return width x height of (N, 4) boxes."""
-    found: NDArray[np.float64] = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+    x0, y0, x1, y1 = boxes_xyxy.T
+    found: NDArray[np.float64] = (x1 - x0) * (y1 - y0)
     return found
 
 
@@ -151,22 +156,26 @@ def overlapping_pairs(labels: Boxes, truth: Boxes, iou: float) -> Pairs:
     """Return every label and truth of one image that overlap at this IoU or more.
 
     Against a crowd the overlap is the share of the label that lies in it, as COCO counts.
+
+    Args:
+        labels: in any order.
+        truth: in the order of images.
+        iou: the least overlap.
     """
-    order = np.argsort(truth.image, kind="stable")
-    first = np.searchsorted(truth.image, labels.image, "left", order)
-    count = np.searchsorted(truth.image, labels.image, "right", order) - first
-    label_area, truth_area = box_areas(labels.xyxy), box_areas(truth.xyxy)
+    first = np.searchsorted(truth.image, labels.image, "left")
+    count = np.searchsorted(truth.image, labels.image, "right") - first
     parts = [Pairs(NOWHERE, NOWHERE, np.zeros(0))]
     for start in range(0, len(labels), BATCH_ROWS):
         these = slice(start, start + BATCH_ROWS)
         ends = np.cumsum(count[these])
         label = np.repeat(np.arange(start, start + len(ends)), count[these])
         within = np.arange(len(label)) - np.repeat(ends - count[these], count[these])
-        instance = order[first[label] + within]
+        instance = first[label] + within
         a, b = labels.xyxy[label], truth.xyxy[instance]
-        sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-        shared = np.clip(sides, 0, None).prod(axis=1)
-        a_area, b_area = label_area[label], truth_area[instance]
+        width = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
+        height = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
+        shared = np.clip(width, 0, None) * np.clip(height, 0, None)
+        a_area, b_area = box_areas(a), box_areas(b)
         whole = np.where(truth.crowd[instance], a_area, a_area + b_area - shared)
         overlap = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
         parts.append(Pairs(label, instance, overlap).take(overlap >= iou))
@@ -277,6 +286,7 @@ def evaluate_labels(
         Scores by subset; scores by class, for classes that have truth or labels; labels by name that is not scored.
     """
     names = frozenset(known_names) - frozenset(base_names)
+    truth = truth.by_image()
     is_base = truth.is_named(base_names)
     wanted, is_known = truth.take(~is_base), labels.is_named(names)
     known = labels.take(is_known)
@@ -358,6 +368,7 @@ class Truth:
     """A COCO file as ground truth."""
 
     boxes: Boxes
+    """In the order of images."""
     names: frozenset[str]
     """Of its categories, in the form of `same_name`."""
     image_ids: NDArray[np.int64]
@@ -375,7 +386,7 @@ def read_truth(path: Path) -> Truth:
     found = np.array([names.get(category) for category in file.category_of.tolist()], np.object_)
     boxes = Boxes(file.image_of, found, file.boxes_xyxy, np.ones(len(file.ids)), file.crowd, box_areas(file.boxes_xyxy))
     usable = ~np.isnan(file.boxes_xyxy).any(axis=1) & np.isin(file.category_of, [*names])
-    return Truth(boxes.take(usable), frozenset(names.values()), file.image_ids, file.sha256)
+    return Truth(boxes.take(usable).by_image(), frozenset(names.values()), file.image_ids, file.sha256)
 
 
 def read_labels(regions: Path) -> tuple[Boxes, int]:
@@ -412,9 +423,10 @@ def count_funnel(
     Args:
         connection: has the view `records`.
         regions: regions.parquet of a final of these records.
-        truth: the instances that count.
+        truth: the instances that count, in the order of images.
         least_area_px: smallest box that the recipe asks about, width x height.
     """
+    assert (np.diff(truth.image) >= 0).all(), "instances come in the order of images"
     reached, named = np.zeros(len(truth), np.int8), np.zeros(len(truth), np.int8)
     connection.read_parquet(str(regions)).create_view("settled")
     query = (
