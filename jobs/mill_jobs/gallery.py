@@ -43,7 +43,7 @@ GAP_PX = 10
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
 CHIP_PX = 17
 """Height of a name."""
-PAPER, INK, MUTED = (250, 250, 248), (40, 40, 40), (125, 125, 125)
+PAPER, INK, MUTED = (250, 250, 248), (40, 40, 40), (75, 75, 75)
 DARK_RGB, LIGHT_RGB = (20, 20, 20), (255, 255, 255)
 MASK_OPACITY = 0.45
 
@@ -88,9 +88,11 @@ def draw_labels(image_rgb: Image, labels: Sequence[Drawn], scale: float) -> Imag
     styled = [(item, MUTED if item.muted else colour_of(item.name)) for item in sorted(labels, key=order)]
     for item, colour in styled:
         if item.mask is not None:
-            mask = cv2.resize(item.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+            mask = cv2.resize(item.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
             tint = np.array(colour, np.float32)
-            canvas[mask] = (canvas[mask] * (1 - MASK_OPACITY) + tint * MASK_OPACITY).astype(np.uint8)
+            canvas[mask > 0] = (canvas[mask > 0] * (1 - MASK_OPACITY) + tint * MASK_OPACITY).astype(np.uint8)
+            rings, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(canvas, rings, -1, colour, 1, cv2.LINE_AA)
     for item, colour in styled:
         x0, y0, x1, y1 = (round(value * scale) for value in item.box_xyxy)
         cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), colour, 1 if item.muted else 2, cv2.LINE_AA)

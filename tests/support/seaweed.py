@@ -37,12 +37,22 @@ class SeaweedFS:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        names = ("s3", "master", "master.grpc", "filer", "filer.grpc", "volume", "volume.grpc", "s3.grpc")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._choose_ports()
+        try:
+            self.start()
+        except (BotoCoreError, ClientError):  # a port was taken between its choice and its use
+            self._choose_ports()
+            self.start()
+        self.client().create_bucket(Bucket=BUCKET)
+
+    def _choose_ports(self) -> None:
+        names = (
+            "s3", "s3.grpc", "master", "master.grpc", "filer", "filer.grpc", "volume", "volume.grpc", "admin",
+            "admin.grpc",
+        )  # fmt: skip
         self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
         self.endpoint = f"http://127.0.0.1:{self._ports['s3']}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-        self.client().create_bucket(Bucket=BUCKET)
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
@@ -53,8 +63,9 @@ class SeaweedFS:
             f"-s3.port.grpc={ports['s3.grpc']}", f"-master.port={ports['master']}",
             f"-master.port.grpc={ports['master.grpc']}", f"-filer.port={ports['filer']}",
             f"-filer.port.grpc={ports['filer.grpc']}", f"-volume.port={ports['volume']}",
-            f"-volume.port.grpc={ports['volume.grpc']}", "-webdav=false", "-admin.ui=false",
-            "-s3.autoCreateBucket=false",
+            f"-volume.port.grpc={ports['volume.grpc']}", f"-admin.port={ports['admin']}",
+            f"-admin.port.grpc={ports['admin.grpc']}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false",
+            "-admin.ui=false", "-master.telemetry=false", "-s3.autoCreateBucket=false",
         ]  # fmt: skip
         log = (self._folder / "weed.log").open("ab")
         self.process = subprocess.Popen(
@@ -68,6 +79,7 @@ class SeaweedFS:
                 return
             except (BotoCoreError, ClientError):
                 if time.monotonic() > deadline or self.process.poll() is not None:
+                    self.kill()
                     raise
                 time.sleep(0.2)
 
