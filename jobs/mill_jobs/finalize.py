@@ -8,30 +8,34 @@ import hashlib
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import duckdb
 import msgspec
+import pyarrow as pa
 import structlog
 
 from mill_jobs.config import RunConfig
-from mill_jobs.flat import create_views, flatten_chunks
-from mill_jobs.label import check_chunk_of
+from mill_jobs.flat import FlatWriter, create_views
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
 from mill_shared.coco import CocoBase, annotations_per_class, open_base
 from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, CoverageError, KeyMissing
 from mill_shared.keys import RunKeys
-from mill_shared.plan import RunPlan, code_version, digest_of, read_images, read_passes
+from mill_shared.plan import RunPlan, check_chunk_of, code_version, digest_of, read_images, read_passes
 from mill_shared.storage import LocalStore, Store, open_store
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 CHUNKS_IN_FLIGHT = 64
 NAMED_IN_ERRORS = 10
@@ -153,13 +157,20 @@ class ScratchWriter:
         return self._digests.get(name) or file_sha256(self.path(name))
 
 
-def gather_chunks(store: Store, plan: RunPlan, scratch: Path) -> Gathered:
-    """Bring every chunk that the plan names to local disk and check each byte; nothing is taken from a listing."""
+def gather_chunks(store: Store, plan: RunPlan, scratch: Path, flat: FlatWriter | None = None) -> Gathered:
+    """Bring every chunk that the plan names to local disk and check each byte; nothing is taken from a listing.
+
+    Args:
+        store: the run's store.
+        plan: the run's plan.
+        scratch: where chunks go that do not lie on a disk.
+        flat: also gets what it needs of each chunk, while the bytes are at hand.
+    """
     keys = RunKeys(plan.run)
     passes = read_passes(store, plan)
     wanted = [(p.index, chunk) for p in passes for chunk in range(p.chunks)]
 
-    def fetch(place: tuple[int, int]) -> _Chunk | tuple[int, int, str]:
+    def fetch(place: tuple[int, int]) -> tuple[_Chunk, pa.Table | None] | tuple[int, int, str]:
         pass_index, chunk = place
         key = keys.chunk(pass_index, chunk)
         try:
@@ -170,25 +181,50 @@ def gather_chunks(store: Store, plan: RunPlan, scratch: Path) -> Gathered:
         except CorruptError as error:
             log.warning("damaged chunk counts as missing", key=key, error=str(error))
             return (pass_index, chunk, str(error))
+        leaves = None if flat is None else flat.read(data)
         if isinstance(store, LocalStore):
-            return _Chunk(pass_index, chunk, meta.digest, store.path_of(key))
+            return _Chunk(pass_index, chunk, meta.digest, store.path_of(key)), leaves
         path = scratch / f"{pass_index}-{chunk:06d}.parquet"
         path.write_bytes(data)
-        return _Chunk(pass_index, chunk, meta.digest, path)
+        return _Chunk(pass_index, chunk, meta.digest, path), leaves
 
+    gathered = Gathered([], [], len(passes))
     workers = 2 if isinstance(store, LocalStore) else CHUNKS_IN_FLIGHT
     with ThreadPoolExecutor(workers, thread_name_prefix="gather") as pool:
-        found = list(pool.map(fetch, wanted))
-    return Gathered(
-        [item for item in found if isinstance(item, _Chunk)],
-        [item for item in found if not isinstance(item, _Chunk)],
-        len(passes),
-    )
+        for found in _in_order(pool, fetch, wanted, CHUNKS_IN_FLIGHT):
+            match found:
+                case (_Chunk() as chunk, leaves):
+                    gathered.chunks.append(chunk)
+                    if flat is not None and leaves is not None:
+                        flat.add(chunk.pass_index, leaves)
+                case (pass_index, index, why):
+                    gathered.missing.append((pass_index, index, why))
+    return gathered
+
+
+def _in_order(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yield the result of each item, in order, with at most `ahead` of them waiting in memory."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @contextmanager
-def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[RecordTable]:
-    """Open the records of a run: an image's newest `ok` or `empty` record, else its newest `failed`."""
+def record_table(
+    gathered: Gathered, plan: RunPlan, scratch: Path, flat: FlatWriter | None = None
+) -> Iterator[RecordTable]:
+    """Open the records of a run: an image's newest `ok` or `empty` record, else its newest `failed`.
+
+    Args:
+        gathered: the chunks.
+        plan: the run's plan.
+        scratch: for what does not fit in memory.
+        flat: with what it wrote, the narrow views are there at once, and the view `records` only after `open_records`.
+    """
     connection = duckdb.connect(
         config={
             "memory_limit": DUCKDB_MEMORY,
@@ -200,38 +236,44 @@ def record_table(gathered: Gathered, plan: RunPlan, scratch: Path) -> Iterator[R
         by_pass = gathered.files()
         if not by_pass:
             raise CoverageError(f"run {plan.run}: none of its chunks is there; label it first")
-        for pass_index, paths in by_pass.items():
-            connection.read_parquet([str(path) for path in paths]).create_view(f"pass_{pass_index}")
-        if list(by_pass) == [0]:
-            connection.execute("create view records as select * from pass_0")
+        table = RecordTable(connection, plan.images, lambda: _create_records(connection, by_pass))
+        if flat is None:
+            table.open_records()
         else:
-            union = " union all ".join(
-                f"select row, status, {p} as pass from pass_{p}"
-                + (" where row in (select row from relabelled)" if p == 0 else "")
-                for p in by_pass
-            )
-            later = " union all ".join(f"select row from pass_{p}" for p in by_pass if p > 0)
-            connection.execute(f"create temp table relabelled as select distinct row from ({later})")
-            connection.execute(
-                "create temp table newest_pass as select row, "
-                "coalesce(max(pass) filter (status <> 'failed'), max(pass)) as pass "
-                f"from ({union}) group by row"
-            )
-            parts = [
-                f"select p.* from pass_{p} p join newest_pass c on c.row = p.row and c.pass = {p}"
-                for p in by_pass
-                if p > 0
-            ]
-            if 0 in by_pass:
-                parts.insert(
-                    0,
-                    "select * from pass_0 where row not in (select row from relabelled) or "
-                    "row in (select row from newest_pass where pass = 0)",
-                )
-            connection.execute("create view records as " + " union all ".join(parts))
-        yield RecordTable(connection, plan.images)
+            create_views(connection, list(by_pass), flat.folder)
+        yield table
     finally:
         connection.close()
+
+
+def _create_records(connection: duckdb.DuckDBPyConnection, by_pass: Mapping[int, Sequence[Path]]) -> None:
+    for pass_index, paths in by_pass.items():
+        connection.read_parquet([str(path) for path in paths]).create_view(f"pass_{pass_index}")
+    if list(by_pass) == [0]:
+        connection.execute("create view records as select * from pass_0")
+        return
+    union = " union all ".join(
+        f"select row, status, {p} as pass from pass_{p}"
+        + (" where row in (select row from relabelled)" if p == 0 else "")
+        for p in by_pass
+    )
+    later = " union all ".join(f"select row from pass_{p}" for p in by_pass if p > 0)
+    connection.execute(f"create temp table relabelled as select distinct row from ({later})")
+    connection.execute(
+        "create temp table newest_pass as select row, "
+        "coalesce(max(pass) filter (status <> 'failed'), max(pass)) as pass "
+        f"from ({union}) group by row"
+    )
+    parts = [
+        f"select p.* from pass_{p} p join newest_pass c on c.row = p.row and c.pass = {p}" for p in by_pass if p > 0
+    ]
+    if 0 in by_pass:
+        parts.insert(
+            0,
+            "select * from pass_0 where row not in (select row from relabelled) or "
+            "row in (select row from newest_pass where pass = 0)",
+        )
+    connection.execute("create view records as " + " union all ".join(parts))
 
 
 def count_outcomes(table: RecordTable) -> tuple[dict[str, int], dict[str, int]]:
@@ -278,7 +320,7 @@ def check_coverage(
     if share > limits.max_failed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(failed.items()))
         named = table.connection.execute(
-            "select key, reason from records where status = 'failed' order by row limit ?", [NAMED_IN_ERRORS]
+            "select key, reason from images where status = 'failed' order by row limit ?", [NAMED_IN_ERRORS]
         ).fetchall()
         images = ", ".join(f"{key} ({reason})" for key, reason in named)
         more = outcomes["failed"] - len(named)
@@ -290,7 +332,7 @@ def check_coverage(
     if not problems:
         return
     if base is not None:
-        recorded = "select image_id from records where status <> 'failed'"
+        recorded = "select image_id from images where status <> 'failed'"
         present = {row[0] for row in table.connection.execute(recorded).fetchall()}
         lost = {image.image_id for _, image in read_images(store, plan)} - present
         effect = annotations_per_class(base, lost)
@@ -345,8 +387,8 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
         base_path = None if settings.base is None else local_file(settings.base, config, scratch, "finalize.base")
         with _base_reader(base_path) as pool:
             opening = pool.submit(open_base, base_path, settings.taxonomy, settings.base_classes)
-            gathered = gather_chunks(store, plan, scratch)
-            flatten_chunks(gathered.files(), scratch / "flat", chunk_size=plan.chunk_size)
+            with FlatWriter(scratch / "flat") as flat:
+                gathered = gather_chunks(store, plan, scratch, flat)
             base = opening.result()
         base_sha256 = None if base is None or base.file is None else base.file.sha256
         finalize_part = {
@@ -363,8 +405,7 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
                 "code": code_version(),
             }
         )[:16]
-        with record_table(gathered, plan, scratch) as table:
-            create_views(table.connection, list(gathered.files()), scratch / "flat")
+        with record_table(gathered, plan, scratch, flat) as table:
             outcomes, failed = count_outcomes(table)
             check_coverage(config, plan, store, gathered, table, base, outcomes, failed)
             existing = read_manifest(store, plan.run, digest)

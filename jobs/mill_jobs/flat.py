@@ -5,12 +5,9 @@ files once, costs half of what a query over the nested columns does. The result 
 is read from there as often as needed: memory does not grow with the number of regions.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import duckdb
 import numpy as np
@@ -23,7 +20,6 @@ pc: Any = pyarrow.compute
 """Untyped: its stubs refuse plain values as arguments, which its documentation offers."""
 
 IMAGES_AT_ONCE = 1024
-READERS = 2
 
 _IMAGE: dict[str, pa.DataType] = {
     "row": pa.int64(), "image_id": pa.int64(), "key": pa.string(), "width": pa.int32(), "height": pa.int32(),
@@ -44,34 +40,71 @@ _REASON = "dropped.list.element.reason"
 _LEAVES = [*_IMAGE, *(f"regions.list.element.{name}" for name in _CORE), _REASON]
 
 
-def flatten_chunks(chunks: Mapping[int, Sequence[Path]], folder: Path, *, chunk_size: int) -> None:
-    """Write the images, the regions and the counts of dropped candidates of each pass to a folder.
+class FlatWriter:
+    """Writes the images, the regions and the counts of dropped candidates of each pass to a folder.
 
-    Args:
-        chunks: pass -> its chunk files in plan order.
-        folder: scratch; is made.
-        chunk_size: images a chunk.
+    Chunks are read in any order, and added pass by pass in plan order.
     """
-    # The default pool keeps 100 MB of what it was given for many small tables; the system's gives them back.
-    pa.set_memory_pool(pa.system_memory_pool())
-    folder.mkdir(parents=True)
-    at_once = max(1, IMAGES_AT_ONCE // chunk_size)
-    for index, files in chunks.items():
-        groups = [files[start : start + at_once] for start in range(0, len(files), at_once)]
-        with ExitStack() as stack:
-            writers = {
-                name: stack.enter_context(
-                    pq.ParquetWriter(_file(folder, name, index), schema, compression="lz4", write_statistics=False)
+
+    def __init__(self, folder: Path) -> None:
+        # The default pool keeps 100 MB of what it was given for many small tables; the system's gives them back.
+        pa.set_memory_pool(pa.system_memory_pool())
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._pass: int | None = None
+        self._waiting: list[pa.Table] = []
+        self._wanted: list[int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_pass()
+
+    def read(self, data: bytes) -> pa.Table:
+        """Return what the views need of a chunk's bytes, a small part of them. Any thread may do this.
+
+        The reader inside ParquetFile is used: its outside costs half as much again for files this small. All chunks of
+        a run have one schema, so that the columns are looked up once.
+        """
+        reader = ParquetReader()
+        reader.open(pa.BufferReader(data), read_dictionary=[_REASON])
+        if self._wanted is None:
+            schema = reader.metadata.schema
+            self._wanted = [index for index in range(len(schema)) if schema.column(index).path in _LEAVES]
+        return reader.read_all(column_indices=self._wanted, use_threads=False)
+
+    def add(self, pass_index: int, leaves: pa.Table) -> None:
+        """Write what was read of a chunk."""
+        if pass_index != self._pass:
+            self._close_pass()
+            self._pass = pass_index
+            self._writers = {
+                name: pq.ParquetWriter(
+                    _file(self.folder, name, pass_index), schema, compression="lz4", write_statistics=False
                 )
                 for name, schema in SCHEMAS.items()
             }
-            for tables in _read_ahead(groups):
-                for name, rows in tables.items():
-                    writers[name].write_table(rows)
+        self._waiting.append(leaves)
+        if sum(map(len, self._waiting)) >= IMAGES_AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            for name, rows in _flatten(pa.concat_tables(self._waiting).combine_chunks()).items():
+                self._writers[name].write_table(rows)
+            self._waiting = []
+
+    def _close_pass(self) -> None:
+        self._write()
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, passes: Sequence[int], folder: Path) -> None:
-    """Make views of what `flatten_chunks` wrote: an image's newest `ok` or `empty` record, else its newest `failed`.
+    """Make views of what `FlatWriter` wrote: an image's newest `ok` or `empty` record, else its newest `failed`.
 
     `images` has a row an image; `regions` one a region that was asked about, with the columns of its image, its place
     in the record (`region`) and its place among all (`place`); `dropped` the numbers of candidates by image and reason.
@@ -104,20 +137,7 @@ def _literal(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-def _read_ahead(groups: Sequence[Sequence[Path]]) -> Iterator[dict[str, pa.Table]]:
-    """Yield what each group of files holds, in order, with few of them in memory."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="flatten") as pool:
-        waiting: deque[Future[dict[str, pa.Table]]] = deque()
-        for group in groups:
-            waiting.append(pool.submit(_flatten_files, group))
-            if len(waiting) > READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _flatten_files(files: Sequence[Path]) -> dict[str, pa.Table]:
-    table = pa.concat_tables(_read_leaves(files)).combine_chunks()
+def _flatten(table: pa.Table) -> dict[str, pa.Table]:
     flat = {"images": table.select(list(_IMAGE))}
     parents, regions = _unnested(table["regions"])
     columns = {name: table[name].take(pa.array(parents)) for name in _OF_IMAGE}
@@ -136,18 +156,6 @@ def _flatten_files(files: Sequence[Path]) -> dict[str, pa.Table]:
         }
     )
     return {name: rows.cast(SCHEMAS[name]) for name, rows in flat.items()}
-
-
-def _read_leaves(files: Sequence[Path]) -> Iterator[pa.Table]:
-    """Read the wanted leaves of small files, with the reader inside ParquetFile: its outside costs a third as much."""
-    wanted: list[int] = []
-    for path in files:
-        reader = ParquetReader()
-        reader.open(pa.BufferReader(path.read_bytes()), read_dictionary=[_REASON])
-        if not wanted:
-            schema = reader.metadata.schema
-            wanted = [index for index in range(len(schema)) if schema.column(index).path in _LEAVES]
-        yield reader.read_all(column_indices=wanted, use_threads=False)
 
 
 def _unnested(lists: Any) -> tuple[Any, Any]:

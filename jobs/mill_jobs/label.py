@@ -33,8 +33,8 @@ from mill_shared.errors import (
 )
 from mill_shared.keys import RunKeys
 from mill_shared.pictures import Picture, decode_picture
-from mill_shared.plan import ImageRow, LabelPass, RunPlan, read_images
-from mill_shared.records import ChunkMeta, ImageRecord, check_chunk, encode_chunk
+from mill_shared.plan import ImageRow, LabelPass, RunPlan, check_chunk_of, read_images
+from mill_shared.records import ChunkMeta, ImageRecord, encode_chunk
 from mill_shared.storage import Store
 
 log = structlog.get_logger()
@@ -399,18 +399,3 @@ def _cancel(batch: _Batch) -> None:
 def _failed_sample(sample: Sample, error: ImageError) -> ImageRecord:
     image = ImageRow(sample.image_id, sample.key, 0, "")
     return replace(failed_record(sample.row, image, error), width=sample.width, height=sample.height)
-
-
-def check_chunk_of(data: bytes, plan: RunPlan, pass_index: int, chunk: int) -> ChunkMeta:
-    """Check that bytes are a whole, undamaged chunk of this plan in this place.
-
-    Raises:
-        CorruptError: they are not; the message says why.
-    """
-    meta = check_chunk(data)
-    if (meta.label_digest, meta.pass_index, meta.chunk) != (plan.label_digest, pass_index, chunk):
-        raise CorruptError(
-            f"belongs to pass {meta.pass_index}, chunk {meta.chunk} of label digest {meta.label_digest[:8]}, "
-            f"expected pass {pass_index}, chunk {chunk} of {plan.label_digest[:8]}"
-        )
-    return meta

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, KeyMissing, PlanMismatch
 from mill_shared.keys import RunKeys
+from mill_shared.records import ChunkMeta, check_chunk
 from mill_shared.storage import Store
 
 IMAGE_ROW_GROUP = 65_536
@@ -344,3 +345,18 @@ def write_pass(store: Store, plan: RunPlan, index: int, rows: Sequence[int], rea
     """
     listed = PassList(label_digest=plan.label_digest, reasons=sorted(reasons), rows=sorted(rows))
     store.put_new(RunKeys(plan.run).pass_list(index), msgspec.json.encode(listed))
+
+
+def check_chunk_of(data: bytes, plan: RunPlan, pass_index: int, chunk: int) -> ChunkMeta:
+    """Check that bytes are a whole, undamaged chunk of this plan in this place.
+
+    Raises:
+        CorruptError: they are not; the message says why.
+    """
+    meta = check_chunk(data)
+    if (meta.label_digest, meta.pass_index, meta.chunk) != (plan.label_digest, pass_index, chunk):
+        raise CorruptError(
+            f"belongs to pass {meta.pass_index}, chunk {meta.chunk} of label digest {meta.label_digest[:8]}, "
+            f"expected pass {pass_index}, chunk {chunk} of {plan.label_digest[:8]}"
+        )
+    return meta

@@ -236,7 +236,7 @@ def run_stages(folder: Path) -> None:
     """Run the stages of finalize one after another, each on its own."""
     from mill_jobs.config import read_config
     from mill_jobs.finalize import ScratchWriter, count_outcomes, gather_chunks, record_table
-    from mill_jobs.flat import create_views, flatten_chunks
+    from mill_jobs.flat import FlatWriter
     from mill_jobs.recipes.cotpl.finalize import finalize
     from mill_jobs.run import open_run
     from mill_shared.coco import open_base
@@ -245,13 +245,13 @@ def run_stages(folder: Path) -> None:
     store, plan = open_run(config)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
-        measured("gather", lambda: gather_chunks(store, plan, scratch))
-        gathered = gather_chunks(store, plan, scratch)
+        with FlatWriter(scratch / "flat") as flat:
+            wall, cpu = time.perf_counter(), time.process_time()
+            gathered = gather_chunks(store, plan, scratch, flat)
+            say(f"  gather     {time.perf_counter() - wall:6.2f} s  {time.process_time() - cpu:6.2f} s CPU")
         base = open_base(folder / "base.json", None, config.finalize.base_classes)
         measured("base", lambda: open_base(folder / "base.json", None, config.finalize.base_classes))
-        measured("flatten", lambda: flatten_chunks(gathered.files(), scratch / "flat", chunk_size=plan.chunk_size))
-        with record_table(gathered, plan, scratch) as table:
-            create_views(table.connection, list(gathered.files()), scratch / "flat")
+        with record_table(gathered, plan, scratch, flat) as table:
             measured("outcomes", lambda: count_outcomes(table))
             writer = ScratchWriter(scratch / "final")
             measured("finalize", lambda: finalize(config.recipe.finalize, table, base, writer))

@@ -4,7 +4,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from mill_jobs.flat import create_views, flatten_chunks
+from mill_jobs import flat as flat_module
+from mill_jobs.flat import FlatWriter, create_views
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
 from mill_shared.records import ChunkMeta, Dropped, ImageRecord, Region, Status, encode_chunk
 
@@ -19,32 +20,28 @@ def record(row: int, *labels: str, status: Status = "ok", dropped: tuple[str, ..
 
 
 @pytest.fixture
-def flat(tmp_path: Path) -> Any:
+def flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Flatten passes of chunks of records; returns what a query on the views answers."""
 
-    def run(passes: dict[int, list[list[ImageRecord]]], query: str, chunk_size: int = 2) -> list[tuple[Any, ...]]:
-        files: dict[int, list[Path]] = {}
-        for index, chunks in passes.items():
-            for chunk, records in enumerate(chunks):
-                path = tmp_path / f"it's {index}-{chunk}.parquet"
-                path.write_bytes(
-                    encode_chunk(records, ChunkMeta(label_digest="0", pass_index=index, chunk=chunk), EVIDENCE)
-                )
-                files.setdefault(index, []).append(path)
-        folder = tmp_path / f"it's {len(list(tmp_path.iterdir()))}"
-        flatten_chunks(files, folder, chunk_size=chunk_size)
+    def run(passes: dict[int, list[list[ImageRecord]]], query: str, at_once: int = 4) -> list[tuple[Any, ...]]:
+        monkeypatch.setattr(flat_module, "IMAGES_AT_ONCE", at_once)
+        with FlatWriter(tmp_path / f"it's {len(list(tmp_path.iterdir()))}") as writer:
+            for index, chunks in passes.items():
+                for chunk, records in enumerate(chunks):
+                    meta = ChunkMeta(label_digest="0", pass_index=index, chunk=chunk)
+                    writer.add(index, writer.read(encode_chunk(records, meta, EVIDENCE)))
         with duckdb.connect() as connection:
-            create_views(connection, list(files), folder)
+            create_views(connection, list(passes), writer.folder)
             return connection.execute(query).fetchall()
 
     return run
 
 
-@pytest.mark.parametrize("chunk_size", [1, 100_000])
-def test_regions_come_in_plan_order_with_their_places(flat: Any, chunk_size: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 100_000])
+def test_regions_come_in_plan_order_with_their_places(flat: Any, at_once: int) -> None:
     chunks = [[record(0, "a", "b"), record(1, status="empty")], [record(2), record(3, "c")]]
     query = "select row, image_id, width, region, label, x0, x1, score, fate, reason, place from regions"
-    assert flat({0: chunks}, query, chunk_size) == [
+    assert flat({0: chunks}, query, at_once) == [
         (0, 100, 64, 0, "a", 0, 2.5, 0.25, "foreground", None, 0),
         (0, 100, 64, 1, "b", 0, 2.5, 0.25, "foreground", None, 1),
         (3, 103, 67, 0, "c", 3, 2.5, 0.25, "foreground", None, 2),

@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 
 from mill_jobs.finalize import ScratchWriter
-from mill_jobs.flat import create_views, flatten_chunks
+from mill_jobs.flat import FlatWriter, create_views
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
@@ -51,8 +51,14 @@ def finalize_records(
     passes = {0: files[half:], 1: files[:half]} if half else {0: files}
     with duckdb.connect(config={"threads": threads}) as connection:
         paths = [str(path) for index in sorted(passes) for path in passes[index]]
-        connection.read_parquet(paths).create_view("records")
-        flatten_chunks(passes, chunks / "flat", chunk_size=chunk_size)
-        create_views(connection, list(passes), chunks / "flat")
-        table = RecordTable(connection, len(records) if images is None else images)
+        with FlatWriter(chunks / "flat") as flat:
+            for index, written in passes.items():
+                for path in written:
+                    flat.add(index, flat.read(path.read_bytes()))
+        create_views(connection, list(passes), flat.folder)
+
+        def open_records() -> None:
+            connection.read_parquet(paths).create_view("records")
+
+        table = RecordTable(connection, len(records) if images is None else images, open_records)
         return finalize(config, table, base, ScratchWriter(folder))

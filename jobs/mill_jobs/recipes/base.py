@@ -1,6 +1,6 @@
 """What a recipe is: a config, a labeller and a finalize function. Nothing is registered anywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,14 +68,16 @@ class Labeller(Protocol):
 class RecordTable:
     """All records of a run in plan order, one an image, re-readable.
 
-    The connection has the view `records` with the columns of `mill_shared.records.chunk_schema`. Rows come in file
-    order; order by (row, position of the region) wherever the order matters. For finalize it also has the narrow views
-    of `mill_jobs.flat`, in plan order: cheaper wherever masks and evidence are not needed.
+    For finalize the connection has the narrow views of `mill_jobs.flat`, in plan order.
     """
 
     connection: duckdb.DuckDBPyConnection
     images: int
     """Images of the plan, with and without a record."""
+    open_records: Callable[[], None]
+    """Makes the view `records` with the columns of `mill_shared.records.chunk_schema`, once. It costs a look at every
+    chunk, so ask for it only where masks or evidence are wanted. Its rows come in file order; order by (row, position
+    of the region) wherever the order matters."""
 
 
 class Step(msgspec.Struct, frozen=True):

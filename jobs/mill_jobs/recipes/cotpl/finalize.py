@@ -89,7 +89,7 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
     """
     con, reference = table.connection, config.profile == "reference"
     base_file = None if base is None else base.file
-    load_regions(con, masks=config.masks and not reference, float_boxes=reference or config.legacy_files)
+    load_regions(table, masks=config.masks and not reference, float_boxes=reference or config.legacy_files)
     with out.create("instances.json") as stream, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         copy = None if base is None or base_file is None else CocoCopy(base_file, stream, base.kept())
         begun = None if copy is None else pool.submit(copy.begin)
@@ -137,11 +137,13 @@ def read_batches(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Tabl
         yield pa.concat_tables(waiting)
 
 
-def load_regions(con: duckdb.DuckDBPyConnection, *, masks: bool, float_boxes: bool) -> None:
+def load_regions(table: RecordTable, *, masks: bool, float_boxes: bool) -> None:
     """Make `asked`, a row a region in plan order: the narrow view, or a table where masks or evidence are wanted."""
+    con = table.connection
     if not masks and not float_boxes:
         con.execute("create temp view asked as select * from regions")
         return
+    table.open_records()
     con.execute(
         "create temp table nested as select row, image_id, width, height, place - 1 as region, "
         "r.x0 as x0, r.y0 as y0, r.x1 as x1, r.y1 as y1, r.score as score, r.label as label, r.fate as fate, "
