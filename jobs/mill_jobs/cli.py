@@ -242,6 +242,42 @@ def fetch(path: Path, assignments: tuple[str, ...], folder: Path, names: tuple[s
         click.echo(str(written))
 
 
+@mill.command(name="check-bundle")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def check_bundle_(folder: Path) -> None:
+    """Test every rule that a trainer depends on, on the files that `mill fetch` brought."""
+    from mill_jobs.trainer.check import check_bundle
+    from mill_shared.errors import InvariantError
+
+    checked = check_bundle(folder)
+    for line in checked.warnings:
+        click.echo(f"warning: {line}", err=True)
+    for line in checked.faults:
+        click.echo(line, err=True)
+    if checked.faults:
+        raise InvariantError(f"{folder}: {len(checked.faults)} faults, listed above; do not train on it")
+    click.echo(f"{folder}: {checked.annotations} annotations of {checked.classes} classes, every rule holds")
+
+
+@mill.command()
+@click.argument("layout", type=click.Choice(["yolo", "coco"]))
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Folder (yolo) or file (coco).")
+@click.option("--images", help="Folder or s3:// prefix of the pictures; for yolo.")
+@click.option("--pseudo-only", is_flag=True, help="Leave the base annotations out; coco always does.")
+def export(layout: str, bundle: Path, target: Path, images: str | None, pseudo_only: bool) -> None:
+    """Write a fetched bundle in another layout: a YOLO dataset, or COCO with the pseudo-labels alone."""
+    from mill_jobs.export import export_coco, export_yolo
+
+    if layout == "coco":
+        done = export_coco(bundle, target)
+    elif images is None:
+        raise click.UsageError("yolo needs --images: its text files lie beside the pictures' folder")
+    else:
+        done = export_yolo(bundle, target, images, pseudo_only=pseudo_only)
+    click.echo(f"{target}: {done.labels} labels on {done.images} images, {done.left_out} left out")
+
+
 @mill.command()
 @run_file
 @click.argument("a")

@@ -35,7 +35,7 @@ def demo_config(folder: Path, scenes: Path, run: str) -> dict[str, object]:
                 "masks": {
                     "kind": "sam", "checkpoint": str(MODELS / "sam.pth"), "architecture": "custom", "threads": 1,
                 },
-                "mask_generator": {"points_per_side": 12, "crop_layers": 0},
+                "mask_generator": {"points_per_side": 10, "crop_layers": 0},
                 "chat": {
                     "kind": "transformers", "model": str(MODELS / "chat"), "precision": "float32", "threads": 1,
                     "max_new_tokens": 8,

@@ -70,6 +70,10 @@ def change(item: Json, **values: object) -> None:
     item.update(values)
 
 
+def swap_names(a: Json, b: Json) -> None:
+    a["name"], b["name"] = b["name"], a["name"]
+
+
 def drop_weight(classes: Json) -> None:
     change(next(entry for entry in classes["classes"] if entry["boxes"]), weight=0)
 
@@ -83,8 +87,7 @@ def idle_base(classes: Json) -> None:
 INSTANCES: dict[str, tuple[Callable[[Json], object], str]] = {
     "categories in another order": (lambda j: swap(j["categories"], 3, 7), "not in the order of their ids"),
     "names of two categories swapped": (
-        lambda j: (change(j["categories"][3], name="bus"), change(j["categories"][5], name="motorcycle")),
-        "another order",
+        lambda j: swap_names(j["categories"][3], j["categories"][5]), "another order",
     ),
     "a category lacks": (lambda j: j["categories"].pop(4), "lacks the categories"),
     "a foreign category": (lambda j: j["categories"].append({"id": 999, "name": "otter"}), "does not know: otter"),
