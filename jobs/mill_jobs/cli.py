@@ -227,6 +227,24 @@ def evaluate(path: Path, assignments: tuple[str, ...], truth: Path, digest: str 
 
 @mill.command()
 @run_file
+@click.option("--to", "file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the page here.")
+@final_option
+def report(path: Path, assignments: tuple[str, ...], file: Path | None, digest: str | None) -> None:
+    """Make report.html of a final: numbers, and labels on their pictures, on one page that needs nothing else."""
+    from mill_jobs.finalize import latest_final
+    from mill_jobs.report.page import write_report
+    from mill_jobs.run import open_run
+
+    config = _config(path, assignments)
+    store, made = open_run(config)
+    key = write_report(config, made, store, digest or latest_final(store, made.run))
+    if file is not None:
+        store.get_file(key, file)
+    click.echo(f"{store.url.rstrip('/')}/{key}" if file is None else str(file))
+
+
+@mill.command()
+@run_file
 @click.option(
     "--to", "folder", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the files go."
 )

@@ -67,7 +67,11 @@ class RunKeys:
 
     def evaluation(self, final: str, truth: str, name: str) -> str:
         """A file of the evaluation of a final against one truth."""
-        return f"{self.run}/eval/{final}-{truth}/{name}"
+        return f"{self.evaluations(final)}{truth}/{name}"
+
+    def evaluations(self, final: str) -> str:
+        """Prefix of the evaluations of a final."""
+        return f"{self.run}/eval/{final}-"
 
     def report(self, final: str, name: str) -> str:
         """A file of the report of a final."""
