@@ -32,7 +32,7 @@ from mill_jobs.trainer.classes import ClassEntry, ClassList
 from mill_shared.errors import ConfigError, CorruptError, ImageError, KeyMissing, OutsideError
 from mill_shared.keys import RunKeys
 from mill_shared.pictures import decode_picture
-from mill_shared.plan import RunPlan
+from mill_shared.plan import RunPlan, read_passes
 from mill_shared.storage import Store
 
 log = structlog.get_logger()
@@ -130,7 +130,8 @@ def write_report(config: RunConfig, plan: RunPlan, store: Store, digest: str) ->
         fetch_final(store, plan.run, digest, scratch, names)
         summary = msgspec.json.decode((scratch / "summary.json").read_bytes(), type=Summary)
         classes = ClassList.from_json((scratch / "classes.json").read_bytes())
-        with record_table(gather_final(store, plan, digest, scratch), plan, scratch) as table:
+        gathered = gather_final(store, plan, digest, scratch)
+        with record_table(gathered, plan, scratch) as table:
             con = table.connection
             con.execute(
                 "create temp table images as "
@@ -138,7 +139,7 @@ def write_report(config: RunConfig, plan: RunPlan, store: Store, digest: str) ->
             )
             con.read_parquet(str(scratch / "regions.parquet")).create_view("settled")
             totals = count_totals(con)
-            sample = take_sample(con, CARDS_BYTES)
+            sample = take_sample(con, gathered, read_passes(store, plan), CARDS_BYTES)
     page = _Page(manifest, summary, classes, totals, sample, evaluations)
     room = PAGE_BYTES - len(page.render(()))
     pictures = read_pictures(config, sample.images, room)

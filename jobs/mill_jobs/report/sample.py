@@ -13,9 +13,12 @@ import cv2
 import duckdb
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mill_jobs.finalize import Gathered
 from mill_shared.geometry import Rle, decode_mask
+from mill_shared.plan import LabelPass
 
 PICTURES = 300
 """Images in the sample, where its classes do not ask for more."""
@@ -85,12 +88,16 @@ class _Place:
     region: int
 
 
-def take_sample(con: duckdb.DuckDBPyConnection, most_chars: int) -> Sample:
+def take_sample(
+    con: duckdb.DuckDBPyConnection, gathered: Gathered, passes: Sequence[LabelPass], most_bytes: int
+) -> Sample:
     """Choose images and read their regions, masks and evidence.
 
     Args:
-        con: has `settled` (regions.parquet of the final), `images` (a row an image) and `records`.
-        most_chars: room for the cards, as JSON.
+        con: has `settled` (regions.parquet of the final) and `images` (a row an image).
+        gathered: the chunks that the final was made from; only those of chosen images are read.
+        passes: of the run.
+        most_bytes: room for the cards, as JSON.
     """
     picks = choose_labels(con)
     rows = list(dict.fromkeys(pick.row for pick in picks))
@@ -107,10 +114,10 @@ def take_sample(con: duckdb.DuckDBPyConnection, most_chars: int) -> Sample:
         [rows],
     ).fetchall()
     found = {_Place(line[0], line[1]): line[2:] for line in settled}
-    nested = dict(query("select row, regions from records where row in ?", [rows]).fetchall())
+    nested = read_regions(gathered, passes, rows)
     details = query("select row, reason, detail from images where row in ? order by row", [failed]).fetchall()
     cards: dict[_Place, Card] = {}
-    room = most_chars
+    room = most_bytes
     for row, reason, detail in details:
         card = Card(place[row], FAILED, reason, evidence={} if detail is None else {"detail": _plain(detail)})
         cards[_Place(row, 0)] = card
@@ -126,6 +133,24 @@ def take_sample(con: duckdb.DuckDBPyConnection, most_chars: int) -> Sample:
         room -= size
     ordered = sorted(cards, key=lambda where: (where.row, where.region))
     return Sample(tuple(images.values()), tuple(cards[where] for where in ordered), left_out)
+
+
+def read_regions(gathered: Gathered, passes: Sequence[LabelPass], rows: Sequence[int]) -> dict[int, list[Any]]:
+    """Return row -> the regions of its newest record that did not fail, masks and evidence included."""
+    paths = {(item.pass_index, item.chunk): item.path for item in gathered.chunks}
+    found: dict[int, list[Any]] = {}
+    for label_pass in reversed(passes):
+        listed = np.asarray(label_pass.rows)
+        places = np.flatnonzero(np.isin(listed, [row for row in rows if row not in found]))
+        for chunk in np.unique(places // label_pass.chunk_size).tolist():
+            if (label_pass.index, chunk) not in paths:
+                continue
+            table = pq.ParquetFile(paths[label_pass.index, chunk]).read(["row", "status", "regions"])
+            wanted = np.isin(table["row"].to_numpy(), listed[places])
+            for line in table.take(np.flatnonzero(wanted)).to_pylist():
+                if line["status"] != FAILED:
+                    found[line["row"]] = line["regions"]
+    return found
 
 
 def choose_labels(con: duckdb.DuckDBPyConnection, most_names: int = NAMES_PER_FATE) -> list[_Place]:
@@ -197,10 +222,13 @@ def _card(image: int, shown: ShownImage, line: Sequence[Any], region: Mapping[st
     fate, reason, name, label, score, x0, y0, x1, y1 = line
     scale = 1.0 if not shown.width or not shown.height else VIEW_SIDE / max(shown.width, shown.height)
     box = tuple(round(value * scale, 1) for value in (x0, y0, x1, y1))
+    more = {key: region[key] for key in ("text_id", "view") if region[key] is not None}
     mask, path = region["mask"], ""
     if mask is not None:
-        path = outline_path(decode_mask(Rle((mask["height"], mask["width"]), mask["counts"])), shown.view)
-    more = {key: region[key] for key in ("text_id", "view") if region[key] is not None}
+        try:
+            path = outline_path(decode_mask(Rle((mask["height"], mask["width"]), mask["counts"])), shown.view)
+        except ValueError as error:  # imported labels may hold anything
+            more["mask"] = f"cannot be drawn: {error}"
     evidence = {key: _plain(value) for key, value in {**more, **(region["evidence"] or {})}.items()}
     score = None if score is None or not math.isfinite(score) else round(score, 5)
     return Card(image, fate, reason, name, label, score, (box[0], box[1], box[2], box[3]), path, evidence)
