@@ -8,7 +8,7 @@ import base64
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,23 +265,28 @@ def read_pictures(config: RunConfig, images: Sequence[ShownImage], room: int) ->
         room: bytes that all of them may take in the page.
     """
     found: list[_Picture] = []
-    for start in range(0, len(images), PICTURES_AT_ONCE):
-        for loaded in _load(config, [image.key for image in images[start : start + PICTURES_AT_ONCE]]):
-            picture = _encode(loaded, room // (len(images) - len(found)))
-            room -= len(script_json(picture)) + 1
-            found.append(picture)
+    load = _loader(config)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="report") as pool:
+        for start in range(0, len(images), PICTURES_AT_ONCE):
+            for loaded in pool.map(load, [image.key for image in images[start : start + PICTURES_AT_ONCE]]):
+                picture = _encode(loaded, room // (len(images) - len(found)))
+                room -= len(script_json(picture)) + 1
+                found.append(picture)
     return found
 
 
-def _load(config: RunConfig, keys: Sequence[str]) -> Iterator[NDArray[np.uint8] | str]:
-    """Yield pictures, or why there is none."""
+def _loader(config: RunConfig) -> Callable[[str], NDArray[np.uint8] | str]:
+    """Return a function from a key to the picture, or why there is none; it gives up on a store that is down."""
     try:
         store = open_images(config)
     except ConfigError as error:
-        yield from (str(error) for _ in keys)
-        return
+        why = str(error)
+        return lambda key: why
+    down: list[str] = []
 
     def load(key: str) -> NDArray[np.uint8] | str:
+        if down:
+            return down[0]
         try:
             data = store.get(key)
             return decode_picture(data, max_side=JPEGS[0][0], max_pixels=config.dataset.max_pixels).image_rgb
@@ -290,10 +295,10 @@ def _load(config: RunConfig, keys: Sequence[str]) -> Iterator[NDArray[np.uint8] 
         except ImageError as error:
             return f"{error.reason}: {error}"
         except (ConfigError, OutsideError) as error:
+            down.append(str(error))
             return str(error)
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="report") as pool:
-        yield from pool.map(load, keys)
+    return load
 
 
 def _encode(loaded: NDArray[np.uint8] | str, share: int) -> _Picture:
