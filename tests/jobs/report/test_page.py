@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from mill_jobs.config import RunConfig
 from mill_jobs.evaluate import evaluate_final
 from mill_jobs.finalize import finalize_run, latest_final
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
-from mill_jobs.report.page import write_report
+from mill_jobs.report.page import READERS, read_pictures, write_report
+from mill_jobs.report.sample import ShownImage
 from mill_jobs.run import open_run, plan_run
+from mill_shared.config import StorageConfig
 from mill_shared.errors import ConfigError, CorruptError
 from mill_shared.geometry import encode_masks
 from mill_shared.keys import RunKeys
@@ -439,6 +442,27 @@ def test_pictures_that_are_elsewhere_now_cost_nothing_but_themselves(reported: R
     text = replace(reported, config=config).write().decode()
     assert "dataset.images: no such folder" in text
     assert '"jpeg"' not in text.split('id="pictures">')[1].split("</script>")[0]
+
+
+def test_a_store_that_is_down_is_asked_once_and_leaves_placeholders(
+    reported: Reported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "nobody")
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        config = reported.config.model_copy(
+            update={
+                "dataset": reported.config.dataset.model_copy(update={"images": "s3://bucket/images"}),
+                "storage": StorageConfig(endpoint=endpoint, region="us-east-1"),
+            }
+        )
+        shown = [ShownImage(f"{number}.jpg", number, None, None, (4, 3)) for number in range(200)]
+        found = read_pictures(config, shown, 1_000_000)
+    whys = [picture.why for picture in found]
+    assert all("Could not connect" in (why or "") for why in whys)
+    assert len(set(whys)) <= READERS
 
 
 def test_the_command_says_where_the_page_is_and_writes_it(reported: Reported, tmp_path: Path) -> None:
