@@ -43,6 +43,8 @@ T = TypeVar("T")
 FETCHES_IN_FLIGHT = 16
 FAILED_BEFORE_STOP = 100
 """Fewer failed images than this never stop a worker early, whatever share they are."""
+DEATHS_BEFORE_BLAME = 2
+"""One death may be a lost node."""
 MODEL_FAILURE = "model_error"
 NOT_IN_THE_BYTES = frozenset({MODEL_FAILURE, "missing", "out_of_memory"})
 """Reasons that the image's bytes do not prove; many in a row point to a cause outside the images."""
@@ -159,14 +161,15 @@ class LabelWorker:
         if not todo:
             return LabelResult(0, 0)
         last = read_heartbeat(self._store, self._keys, self._pass.index, self._shard.index, self._shard.count)
-        suspects: tuple[int, ...] = ()
+        suspects: dict[int, int] = {}
         if last is not None:
-            suspects = last.suspects
+            suspects = dict(last.suspects)
             if last.state == WORKING and last.row_in_hand is not None:
-                suspects = tuple(sorted({*suspects, last.row_in_hand}))
+                suspects[last.row_in_hand] = suspects.get(last.row_in_hand, 0) + 1
             if last.chunk_in_hand in todo and last.state != "done":
                 log.warning("an earlier worker ended with this chunk in hand; it comes last", chunk=last.chunk_in_hand)
                 todo.sort(key=lambda chunk: chunk == last.chunk_in_hand)
+        deadly = frozenset(row for row, deaths in suspects.items() if deaths >= DEATHS_BEFORE_BLAME)
         first = new_heartbeat(
             pass_index=self._pass.index, shard=self._shard.index, shards=self._shard.count, chunks=len(mine),
             images=sum(sizes.values()),
@@ -186,7 +189,7 @@ class LabelWorker:
                 heart.update(progressed=True)
                 for batch in self._fetched(todo, overwrite):
                     if batch is not None:
-                        records = self._label(labeller, batch, frozenset(suspects))
+                        records = self._label(labeller, batch, deadly)
                         labelled += len(records)
                         self._commit(batch.chunk, records, labeller, overwrite=batch.chunk in overwrite)
                         images_done += len(records)
@@ -263,15 +266,17 @@ class LabelWorker:
         except OutsideError:
             return self._wait_out(lambda: self._fetch(image), f"the images in {self._images.url}")
 
-    def _label(self, labeller: Labeller, batch: _Batch, suspects: frozenset[int]) -> list[ImageRecord]:
+    def _label(self, labeller: Labeller, batch: _Batch, deadly: frozenset[int]) -> list[ImageRecord]:
         records: list[ImageRecord] = []
         samples: list[Sample] = []
         for (row, image), future in zip(batch.images, batch.pictures, strict=True):
             picture = self._picture(future, image)
             if isinstance(picture, ImageError):
                 records.append(self._failed_image(failed_record(row, image, picture)))
-            elif self._one_by_one and row in suspects:
-                error = ImageError("killed_the_process", "a worker died twice with this image alone in hand")
+            elif self._one_by_one and row in deadly:
+                error = ImageError(
+                    "killed_the_process", f"{DEATHS_BEFORE_BLAME} workers died with this image alone in hand"
+                )
                 records.append(failed_record(row, image, error, picture))
             else:
                 samples.append(

@@ -48,8 +48,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     chunk_in_hand: int | None = None
     row_in_hand: int | None = None
     """Only under --one-by-one."""
-    suspects: tuple[int, ...] = ()
-    """Rows that were in hand alone when a worker died."""
+    suspects: Mapping[int, int] = {}
+    """Row -> how many workers died with it alone in hand."""
 
 
 def read_heartbeat(store: Store, keys: RunKeys, pass_index: int, shard: int, shards: int) -> Heartbeat | None:

@@ -210,17 +210,25 @@ def test_the_chunk_that_was_in_hand_when_a_worker_died_comes_last() -> None:
 def test_one_by_one_isolates_the_image_that_kills_the_process() -> None:
     store, images = MemoryStore(), image_store(4)
     plan = make_plan(store, images)
-    dead_worker(store, plan, chunk_in_hand=0, row_in_hand=2)
+    dead_worker(store, plan, chunk_in_hand=0, row_in_hand=2, suspects={2: 1})
     labeller = StubLabeller()
     label(store, images, plan, labeller, one_by_one=True)
     assert [(r.row, r.reason) for r in records(store)] == [(0, None), (1, None), (2, "killed_the_process"), (3, None)]
     assert all(len(batch) == 1 for batch in labeller.batches)
 
 
-def test_without_one_by_one_no_image_is_blamed_for_a_death() -> None:
+def test_one_death_alone_blames_no_image() -> None:
     store, images = MemoryStore(), image_store(4)
     plan = make_plan(store, images)
     dead_worker(store, plan, chunk_in_hand=0, row_in_hand=2)
+    label(store, images, plan, one_by_one=True)
+    assert [r.status for r in records(store)] == ["ok"] * 4
+
+
+def test_without_one_by_one_no_image_is_blamed_for_a_death() -> None:
+    store, images = MemoryStore(), image_store(4)
+    plan = make_plan(store, images)
+    dead_worker(store, plan, chunk_in_hand=0, row_in_hand=2, suspects={2: 1})
     label(store, images, plan)
     assert [r.status for r in records(store)] == ["ok"] * 4
 
