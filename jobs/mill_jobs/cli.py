@@ -122,9 +122,29 @@ def label(
     label_shard(_config(path, assignments), part, one_by_one=one_by_one, repair=repair, parent=parent)
 
 
+def _report(config: "RunConfig", digest: str) -> None:
+    """Make the report; the final is there whatever becomes of it."""
+    import structlog
+
+    from mill_jobs.report.page import write_report
+    from mill_jobs.run import open_run
+
+    store, made = open_run(config)
+    try:
+        key = write_report(config, made, store, digest)
+    except MillError as error:
+        structlog.get_logger().warning("no report, the final is whole; try `mill report`", error=str(error))
+    else:
+        click.echo(f"report: {store.url.rstrip('/')}/{key}")
+
+
+report_option = click.option("--report/--no-report", "with_report", default=True, help="Make report.html too.")
+
+
 @mill.command()
 @run_file
-def finalize(path: Path, assignments: tuple[str, ...]) -> None:
+@report_option
+def finalize(path: Path, assignments: tuple[str, ...], with_report: bool) -> None:
     """Make a final of the run: classes, weights and a COCO file from the records. Seconds, no GPU."""
     from mill_jobs.finalize import finalize_run
     from mill_jobs.run import open_run
@@ -132,7 +152,10 @@ def finalize(path: Path, assignments: tuple[str, ...]) -> None:
 
     config = _config(path, assignments)
     store, made = open_run(config)
-    print_final(_console(), finalize_run(config, made, store), store.url)
+    final = finalize_run(config, made, store)
+    print_final(_console(), final, store.url)
+    if with_report:
+        _report(config, final.digest)
 
 
 @mill.command()
@@ -162,6 +185,7 @@ def verify(path: Path, assignments: tuple[str, ...]) -> None:
 @click.option("--again", is_flag=True, help="First plan the failed images again.")
 @click.option("--one-by-one", is_flag=True, help="Work image by image; isolates an image that ends the process.")
 @click.option("--repair", is_flag=True, help="Label damaged chunks again and overwrite them.")
+@report_option
 def local(
     path: Path,
     assignments: tuple[str, ...],
@@ -170,6 +194,7 @@ def local(
     again: bool,
     one_by_one: bool,
     repair: bool,
+    with_report: bool,
 ) -> None:
     """Do the whole run on this machine: plan, label with several processes, finalize. Goes on where it stopped."""
     from mill_jobs.finalize import finalize_run
@@ -188,6 +213,8 @@ def local(
     print_final(console, final, store.url)
     if truth is not None:
         _evaluate(config, truth, final.digest)
+    if with_report:
+        _report(config, final.digest)
 
 
 @mill.command(name="try")
@@ -207,7 +234,7 @@ def try_(path: Path, assignments: tuple[str, ...], images: int, folder: Path) ->
 
 def _evaluate(config: "RunConfig", truth: Path, digest: str | None) -> None:
     from mill_jobs.evaluate import evaluate_final
-    from mill_jobs.finalize import latest_final
+    from mill_jobs.final import latest_final
     from mill_jobs.run import open_run
     from mill_jobs.tables import print_evaluation
 
@@ -231,7 +258,7 @@ def evaluate(path: Path, assignments: tuple[str, ...], truth: Path, digest: str 
 @final_option
 def report(path: Path, assignments: tuple[str, ...], file: Path | None, digest: str | None) -> None:
     """Make report.html of a final: numbers, and labels on their pictures, on one page that needs nothing else."""
-    from mill_jobs.finalize import latest_final
+    from mill_jobs.final import latest_final
     from mill_jobs.report.page import write_report
     from mill_jobs.run import open_run
 
@@ -252,7 +279,7 @@ def report(path: Path, assignments: tuple[str, ...], file: Path | None, digest: 
 @final_option
 def fetch(path: Path, assignments: tuple[str, ...], folder: Path, names: tuple[str, ...], digest: str | None) -> None:
     """Bring a final to this disk, every file checked against its digest."""
-    from mill_jobs.finalize import fetch_final, latest_final
+    from mill_jobs.final import fetch_final, latest_final
     from mill_jobs.run import open_run
 
     store, made = open_run(_config(path, assignments))
@@ -308,7 +335,7 @@ def diff(path: Path, assignments: tuple[str, ...], a: str, b: str, as_json: bool
     import msgspec
 
     from mill_jobs.diff import diff_finals
-    from mill_jobs.finalize import fetch_final, latest_final
+    from mill_jobs.final import fetch_final, latest_final
     from mill_jobs.run import open_run
     from mill_jobs.tables import print_diff
 

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mill_jobs.config import RunConfig
-from mill_jobs.finalize import Gathered, fetch_final, gather_chunks, read_manifest, record_table
+from mill_jobs.final import fetch_final, read_manifest
+from mill_jobs.finalize import Gathered, gather_chunks, record_table
 from mill_jobs.trainer.classes import ClassList
 from mill_shared.coco import scan_coco
 from mill_shared.errors import ConfigError

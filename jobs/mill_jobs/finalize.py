@@ -1,12 +1,7 @@
-"""Records to a final: check what the plan names, decide whether it is enough, let the recipe write, publish last.
-
-A final is a folder named by its digest. Its manifest is written last; without one it does not exist. Numbered
-references say which final is the newest.
-"""
+"""Records to a final: check what the plan names, decide whether it is enough, let the recipe write, publish last."""
 
 import hashlib
 import io
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +18,13 @@ import pyarrow as pa
 import structlog
 
 from mill_jobs.config import RunConfig
+from mill_jobs.final import FileEntry, Manifest, file_sha256, publish_ref, read_manifest
 from mill_jobs.flat import FlatWriter, create_views
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
+from mill_jobs.trainer.check import check_bundle
 from mill_shared.coco import CocoBase, annotations_per_class, open_base
-from mill_shared.errors import AlreadyExists, ConfigError, CorruptError, CoverageError, KeyMissing
+from mill_shared.errors import ConfigError, CorruptError, CoverageError, InvariantError, KeyMissing
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, check_chunk_of, code_version, digest_of, read_images, read_passes
 from mill_shared.storage import LocalStore, Store, open_store
@@ -40,47 +37,7 @@ R = TypeVar("R")
 CHUNKS_IN_FLIGHT = 64
 NAMED_IN_ERRORS = 10
 DUCKDB_MEMORY = "512MB"
-READ_BYTES = 8 * 2**20
 LARGE_BASE_BYTES = 64 * 2**20
-
-
-class FileEntry(msgspec.Struct, frozen=True):
-    """A file of a final."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a final consists of and what it was made from."""
-
-    run: str
-    final: str
-    label_digest: str
-    recipe: str
-    code: str
-    finalize: dict[str, Any]
-    """The finalize parts of the run file."""
-    base_sha256: str | None
-    passes: int
-    images: int
-    records: dict[str, int]
-    """Images by outcome: ok, empty, failed, missing."""
-    failed: dict[str, int]
-    """Failed images by reason."""
-    chunks: list[tuple[int, int, str]]
-    """(pass, chunk, digest) of every chunk that went in, in plan order."""
-    files: list[FileEntry]
-
-
-class Ref(msgspec.Struct, frozen=True):
-    """A numbered reference to a final; the newest is "latest"."""
-
-    final: str
-    passes: int
-    covered: int
-    """Images with an ok or empty record."""
 
 
 @dataclass(frozen=True)
@@ -345,15 +302,6 @@ def check_coverage(
     raise CoverageError(f"run {plan.run}: " + "; ".join(problems))
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def local_file(url: str, config: RunConfig, scratch: Path, what: str) -> Path:
     """Return a local path of a file that is named by a path or an `s3://` URL.
 
@@ -412,11 +360,12 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
             if existing is not None:
                 log.info("this final exists already", final=digest)
                 summary = msgspec.json.decode(store.get(RunKeys(plan.run).final(digest, "summary.json")), type=Summary)
-                return Finalized(digest, existing, summary, _publish_ref(store, plan.run, existing))
+                return Finalized(digest, existing, summary, publish_ref(store, plan.run, existing))
             writer = ScratchWriter(scratch / "final")
             summary = finalize_recipe(config, table, base, writer)
         with writer.create("summary.json") as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(summary), indent=1))
+        require_whole(plan.run, writer.folder)
         manifest = Manifest(
             run=plan.run, final=digest, label_digest=plan.label_digest, recipe=plan.recipe, code=code_version(),
             finalize=finalize_part, base_sha256=base_sha256, passes=gathered.passes, images=plan.images,
@@ -424,7 +373,22 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
             files=_publish_files(store, plan.run, digest, writer),
         )  # fmt: skip
         store.put_new(RunKeys(plan.run).manifest(digest), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-        return Finalized(digest, manifest, summary, _publish_ref(store, plan.run, manifest))
+        return Finalized(digest, manifest, summary, publish_ref(store, plan.run, manifest))
+
+
+def require_whole(run: str, folder: Path) -> None:
+    """Refuse a bundle that would mislead a trainer, before anybody can see it.
+
+    Raises:
+        InvariantError: names every fault.
+    """
+    checked = check_bundle(folder)
+    for line in checked.warnings:
+        log.warning("left alone", what=line)
+    if checked.faults:
+        raise InvariantError(
+            f"run {run}: nothing was published, the bundle would be wrong: {'; '.join(checked.faults)}"
+        )
 
 
 def _base_reader(base_path: Path | None) -> Executor:
@@ -449,87 +413,3 @@ def _publish_files(store: Store, run: str, digest: str, written: ScratchWriter) 
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(publish, sorted(written.folder.iterdir())))
-
-
-def read_manifest(store: Store, run: str, digest: str) -> Manifest | None:
-    """Return the manifest of a final, or None: a final without one does not exist."""
-    key = RunKeys(run).manifest(digest)
-    try:
-        return msgspec.json.decode(store.get(key), type=Manifest)
-    except KeyMissing:
-        return None
-    except msgspec.DecodeError as error:
-        raise CorruptError(f"{key}: cannot be read: {error}") from error
-
-
-def read_refs(store: Store, run: str) -> list[Ref]:
-    """Return the numbered references to finals, oldest first."""
-    refs: list[Ref] = []
-    while True:
-        try:
-            refs.append(msgspec.json.decode(store.get(RunKeys(run).ref(len(refs) + 1)), type=Ref))
-        except KeyMissing:
-            return refs
-
-
-def latest_final(store: Store, run: str) -> str:
-    """Return the digest of the newest referenced final.
-
-    Raises:
-        ConfigError: the run has none.
-    """
-    refs = read_refs(store, run)
-    if not refs:
-        raise ConfigError(f"run {run}: no final yet; make one with `mill finalize`")
-    return refs[-1].final
-
-
-def _publish_ref(store: Store, run: str, manifest: Manifest) -> bool:
-    """Make the final the latest, unless the newest one covers more; True where it is the latest now."""
-    ref = Ref(manifest.final, manifest.passes, manifest.records["ok"] + manifest.records["empty"])
-    while True:
-        refs = read_refs(store, run)
-        if refs and refs[-1].final == ref.final:
-            return True
-        if refs and (ref.passes, ref.covered) < (refs[-1].passes, refs[-1].covered):
-            log.warning("the newest final covers more; this one does not become the latest", latest=refs[-1].final)
-            return False
-        try:
-            store.put_new(RunKeys(run).ref(len(refs) + 1), msgspec.json.encode(ref))
-        except AlreadyExists:
-            continue
-        return True
-
-
-def fetch_final(store: Store, run: str, digest: str, folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Bring a final's files to a folder, each checked against the manifest before it gets its name.
-
-    Args:
-        store: the run's store.
-        run: the run's id.
-        digest: the final.
-        folder: is made where it is missing.
-        names: which files; default: all.
-
-    Raises:
-        ConfigError: no such final, or no such file in it.
-        CorruptError: a file does not match its digest; nothing under that name is left.
-    """
-    manifest = read_manifest(store, run, digest)
-    if manifest is None:
-        raise ConfigError(f"run {run}: no final {digest}; see the refs, or make one with `mill finalize`")
-    entries = {entry.name: entry for entry in manifest.files}
-    unknown = [name for name in names if name not in entries]
-    if unknown:
-        raise ConfigError(f"final {digest}: no file {', '.join(unknown)}; it has {', '.join(entries)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-        for name in names or entries:
-            part = Path(scratch) / name
-            store.get_file(RunKeys(run).final(digest, name), part)
-            if file_sha256(part) != entries[name].sha256:
-                raise CorruptError(f"{RunKeys(run).final(digest, name)}: does not match the manifest's SHA-256")
-            paths.append(Path(shutil.move(part, folder / name)))
-    (folder / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-    return [*paths, folder / "manifest.json"]

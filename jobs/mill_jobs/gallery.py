@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from mill_jobs.config import RunConfig
 from mill_jobs.evaluate import gather_final
-from mill_jobs.finalize import fetch_final, record_table
+from mill_jobs.final import fetch_final
+from mill_jobs.finalize import record_table
 from mill_jobs.run import open_images
 from mill_jobs.trainer.classes import ClassList
 from mill_shared.coco import CocoAnnotation, Slice, read_categories, read_sections, xywh_to_xyxy

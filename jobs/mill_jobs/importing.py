@@ -5,7 +5,7 @@ from pathlib import Path
 import structlog
 
 from mill_jobs.config import RunConfig
-from mill_jobs.finalize import file_sha256
+from mill_jobs.final import file_sha256
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
 from mill_jobs.recipes.cotpl.legacy import LegacyImage, open_shards, read_shards, shard_files
 from mill_jobs.run import read_dataset

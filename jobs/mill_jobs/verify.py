@@ -5,7 +5,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mill_jobs.finalize import file_sha256, gather_chunks, read_manifest, read_refs, record_table
+from mill_jobs.final import file_sha256, read_manifest, read_refs
+from mill_jobs.finalize import gather_chunks, record_table
 from mill_shared.errors import CoverageError, KeyMissing
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, read_images

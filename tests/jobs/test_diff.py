@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mill_jobs.diff import BoxDiff, ClassDiff, Diff, diff_finals
-from mill_jobs.finalize import fetch_final, finalize_run
+from mill_jobs.final import fetch_final
+from mill_jobs.finalize import finalize_run
 from mill_jobs.recipes.cotpl.finalize import REGIONS_SCHEMA
 from mill_jobs.trainer.classes import ClassEntry, ClassList
 from oracle_run import OracleRun

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from supervision import DetectionDataset
 
 from mill_jobs.export import export_coco, export_yolo
-from mill_jobs.finalize import fetch_final
+from mill_jobs.final import fetch_final
 from mill_shared.errors import ConfigError
 from oracle_run import SAMPLE, OracleRun, make_oracle_run
 from runs import mill

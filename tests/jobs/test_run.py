@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mill_jobs.config import read_config
-from mill_jobs.finalize import read_refs
+from mill_jobs.final import read_refs
 from mill_jobs.label import Shard
 from mill_jobs.run import label_shard, open_run, plan_again
 from mill_jobs.verify import verify_run
@@ -188,7 +188,7 @@ def test_a_pass_is_not_planned_before_the_one_before_is_complete(tmp_path: Path)
 
 
 def test_fetch_brings_a_verified_final_and_refuses_a_damaged_one(tmp_path: Path) -> None:
-    from mill_jobs.finalize import fetch_final
+    from mill_jobs.final import fetch_final
 
     config = label_all(write_run(tmp_path))
     final = finalize(config)

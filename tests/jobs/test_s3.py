@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mill_jobs.config import read_config
-from mill_jobs.finalize import fetch_final
+from mill_jobs.final import fetch_final
 from mill_jobs.run import open_run
 from mill_shared.errors import ExitCode
 from runs import SAMPLE, final_files, finalize, label_all, last_error, mill, start_mill, write_run

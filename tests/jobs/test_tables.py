@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mill_jobs.diff import BoxDiff, ClassDiff, Diff
 from mill_jobs.evaluate import Evaluation, Scores
-from mill_jobs.finalize import Finalized, Manifest
+from mill_jobs.final import Manifest
+from mill_jobs.finalize import Finalized
 from mill_jobs.recipes.base import ClassRow, Step, Summary
 from mill_jobs.tables import ROWS, print_diff, print_evaluation, print_final, print_summary
 

@@ -13,6 +13,7 @@ from mill_jobs.evaluate import evaluate_final
 from mill_jobs.finalize import finalize_run
 from mill_jobs.gallery import draw_final
 from mill_jobs.local import run_workers
+from mill_jobs.report.page import write_report
 from mill_jobs.run import plan_run
 from mill_jobs.tables import print_evaluation, print_final
 
@@ -64,4 +65,6 @@ def run_demo(folder: Path, images: int, seed: int, workers: int, console: "Conso
     print_evaluation(console, evaluate_final(config, plan, store, final.digest, scenes / "truth.json"))
     pictures = draw_final(config, plan, store, final.digest, scenes / "truth.json", folder / f"pictures-{name}")
     console.print(f"pictures: {pictures}")
+    report = write_report(config, plan, store, final.digest)
+    console.print(f"report: {folder / 'store' / report}")
     console.print(f"{time.monotonic() - started:.0f} s in all; `mill verify {run_file}` proves it")

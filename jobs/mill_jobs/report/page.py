@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from mill_jobs.config import RunConfig
 from mill_jobs.evaluate import Evaluation, Scores, gather_final, same_name
-from mill_jobs.finalize import Manifest, fetch_final, read_manifest, record_table
+from mill_jobs.final import Manifest, fetch_final, read_manifest
+from mill_jobs.finalize import record_table
 from mill_jobs.recipes.base import ClassRow, Summary
 from mill_jobs.report.sample import KEPT, Sample, ShownImage, script_json, take_sample
 from mill_jobs.run import open_images

@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 import mill_jobs.report.page as page_module
 from mill_jobs.config import RunConfig
 from mill_jobs.evaluate import evaluate_final
-from mill_jobs.finalize import finalize_run, latest_final
+from mill_jobs.final import latest_final
+from mill_jobs.finalize import finalize_run
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
 from mill_jobs.report.page import READERS, read_pictures, write_report
 from mill_jobs.report.sample import ShownImage

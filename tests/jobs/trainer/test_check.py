@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mill_jobs.finalize import fetch_final, finalize_run
+from mill_jobs.final import fetch_final
+from mill_jobs.finalize import finalize_run
 from mill_jobs.trainer.check import check_bundle
 from mill_shared.errors import ConfigError
 from oracle_run import OracleRun, make_oracle_run
