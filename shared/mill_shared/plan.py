@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -296,12 +297,15 @@ def read_images(store: Store, plan: RunPlan, rows: Collection[int] | None = None
         table = pq.ParquetFile(io.BytesIO(store.get(key)), page_checksum_verification=True)
     except (KeyMissing, pa.ArrowInvalid) as error:
         raise CorruptError(f"{key}: the image table is missing or damaged: {error}") from error
-    row = 0
+    wanted = np.arange(plan.images) if rows is None else np.sort(np.fromiter(rows, np.int64, len(rows)))
+    first = 0
     for batch in table.iter_batches(IMAGE_ROW_GROUP):
-        for values in zip(*(batch.column(name).to_pylist() for name in _IMAGE_SCHEMA.names), strict=True):
-            if rows is None or row in rows:
-                yield row, ImageRow(*values)
-            row += 1
+        begin, end = np.searchsorted(wanted, (first, first + len(batch)))
+        some = batch.take(wanted[begin:end] - first)
+        columns = (some.column(name).to_pylist() for name in _IMAGE_SCHEMA.names)
+        for row, *values in zip(wanted[begin:end].tolist(), *columns, strict=True):
+            yield row, ImageRow(*values)
+        first += len(batch)
 
 
 class PassList(msgspec.Struct, frozen=True):
