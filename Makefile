@@ -5,10 +5,10 @@ UV_VERSION := 0.13.8
 UV := .uv/bin/uv
 RUN := $(UV) run --frozen --all-extras
 
-.PHONY: help setup demo test test-soak check format bench docs retrain clean
+.PHONY: help setup demo test test-soak test-browser check format bench docs retrain clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(UV):
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11; install a newer one"; exit 1; }
@@ -28,6 +28,9 @@ test: setup ## Run the tests
 
 test-soak: setup ## Kill workers at random, fifty times, and verify
 	@$(RUN) pytest -q -m soak
+
+test-browser: setup ## Use the report in Chromium (apt-get install chromium)
+	@$(RUN) pytest -q -m browser
 
 check: setup ## Formatting, lint, types, layers
 	@$(RUN) ruff format --check .

@@ -9,8 +9,8 @@ from mill_jobs.demo.scenes import BASE_CLASSES, HELD_OUT_SEEDS, NOVEL_CLASSES, T
 from runs import mill
 
 SCENES = 40
-LEAST_PRECISION, LEAST_RECALL = 0.90, 0.78
-"""What 500 fresh scenes of each held-out seed gave, less 0.03; see docs/recipes/cotpl.md."""
+LEAST_PRECISION, LEAST_RECALL = 0.909, 0.782
+"""The least of what 500 fresh scenes of three seeds gave, less 0.03; see docs/recipes/cotpl.md."""
 
 
 @pytest.mark.timeout(900)
