@@ -110,6 +110,15 @@ class HttpChatConfig(Section):
     """How the server is asked for one of the allowed answers; `none` for servers that cannot."""
 
 
+class ClipConfig(TorchConfig):
+    """CLIP through transformers, in this process."""
+
+    model: Annotated[Path, Role.PLACEMENT]
+    """Folder in the Hugging Face format, e.g. of clip-vit-base-patch16."""
+    batch_size: int = Field(64, ge=1)
+    """Texts or crops encoded at once; identity, since another batch may round another way."""
+
+
 class OracleChatConfig(Section):
     """Answers from ground truth, to test and to measure what the pipeline itself loses."""
 
