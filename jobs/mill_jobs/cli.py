@@ -305,6 +305,35 @@ def check_bundle_(folder: Path) -> None:
 
 
 @mill.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--kind", type=click.Choice(["mmdet", "baron"]), help="The trainer.  [default: what the final names]")
+@click.option(
+    "--metainfo",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="mmdetection's datasets/coco.py: put the class names there, not into the configs.",
+)
+@click.option("--check", is_flag=True, help="Write nothing; end with 1 if a file would change.")
+def patch(bundle: Path, configs: tuple[Path, ...], kind: str | None, metainfo: Path | None, check: bool) -> None:
+    """Patch a trainer's CONFIGS in place from a fetched bundle: all of them or none, and only the named values.
+
+    Give the config and those of its inherited files that set some of the values. `overlay.py` of the bundle does the
+    same and leaves them alone.
+    """
+    from mill_jobs.trainer.patch import bundle_targets, plan_patch, replace_file
+
+    changed = plan_patch(bundle, configs, bundle_targets(bundle, kind), metainfo)
+    for path, data in changed.items():
+        if not check:
+            replace_file(path, data)
+        click.echo(f"{path}: {'would change' if check else 'patched'}")
+    if not changed:
+        click.echo("nothing to change")
+    elif check:
+        raise click.exceptions.Exit(1)
+
+
+@mill.command()
 @click.argument("layout", type=click.Choice(["yolo", "coco"]))
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Folder (yolo) or file (coco).")
@@ -374,15 +403,21 @@ def split(coco: Path, base_classes: str, base_path: Path, novel_path: Path) -> N
 
 
 @mill.command(name="import")
-@click.argument("layout", type=click.Choice(["cotpl"]))
+@click.argument("layout", type=click.Choice(["cotpl", "vlplm"]))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @run_file
 @click.option("--skip-broken", is_flag=True, help="Leave out files that cannot be read, and say which.")
 def import_(layout: str, folder: Path, path: Path, assignments: tuple[str, ...], skip_broken: bool) -> None:
-    """Take the shard JSONs of the original CoT-PL scripts as the labels of a run. The run file has no recipe.label."""
-    from mill_jobs.importing import import_cotpl
+    """Take what the original scripts made as the labels of a run: shard JSONs of CoT-PL, CLIP_scores_*.json of VL-PLM.
 
-    images, missing = import_cotpl(_config(path, assignments), folder, skip_broken=skip_broken)
+    The run file has no recipe.label.
+    """
+    from mill_jobs.importing import import_labels
+
+    config = _config(path, assignments)
+    if config.recipe.name != layout:
+        raise click.UsageError(f"files of {layout}, but recipe.name is {config.recipe.name}; correct one of them")
+    images, missing = import_labels(config, folder, skip_broken=skip_broken)
     click.echo(f"{images} images imported, {missing} of the dataset are not in {folder}; finalize the run")
 
 

@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mill_jobs.recipes.cotpl.config import CotplConfig
+from mill_jobs.recipes.vlplm.config import VlplmConfig
 from mill_shared.config import DatasetConfig, LimitsConfig, Role, Section, ShardingConfig, StorageConfig
 from mill_shared.errors import ConfigError
 
@@ -40,7 +41,7 @@ class RunConfig(Section):
     """How they are cut."""
     limits: Annotated[LimitsConfig, Role.PLACEMENT] = LimitsConfig()
     """When to wait and when to give up."""
-    recipe: CotplConfig
+    recipe: Annotated[CotplConfig | VlplmConfig, Field(discriminator="name")]
     """The method."""
     finalize: Annotated[FinalizeConfig, Role.FINALIZE] = FinalizeConfig()
     """What is kept beside the labels."""
@@ -61,9 +62,15 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: the value is no YAML: {error}") from error
 
 
+def _path(parts: tuple[int | str, ...]) -> str:
+    """Return a field's path as the user wrote it: without the recipe's name, which pydantic puts behind `recipe`."""
+    written = (*parts[:1], *parts[2:]) if parts[:1] == ("recipe",) else parts
+    return ".".join(str(part) for part in written)
+
+
 def _explain(error: ValidationError) -> str:
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or '(file)'}: {item['msg']}"
+        f"{_path(item['loc']) or '(file)'}: {item['msg']}"
         + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
         for item in error.errors(include_url=False)
     )

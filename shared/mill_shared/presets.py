@@ -24,6 +24,12 @@ OV_COCO_48 = (
 )  # fmt: skip
 """The 48 base classes of the open-vocabulary COCO benchmark. Source: specs/cotpl.md 4."""
 
+OV_COCO_17 = (
+    "umbrella", "cow", "cup", "bus", "keyboard", "skateboard", "dog", "couch", "tie", "snowboard", "sink", "elephant",
+    "cake", "scissors", "airplane", "cat", "knife",
+)  # fmt: skip
+"""The 17 novel classes of the same benchmark, in the order of VL-PLM's softmax. Source: specs/vlplm.md 1."""
+
 
 def taxonomy_names(taxonomy: Sequence[str] | Literal["coco-80"]) -> tuple[str, ...]:
     """Return the names of a taxonomy, in order."""
@@ -33,3 +39,8 @@ def taxonomy_names(taxonomy: Sequence[str] | Literal["coco-80"]) -> tuple[str, .
 def base_class_names(base_classes: Sequence[str] | Literal["ov-coco-48"]) -> tuple[str, ...]:
     """Return the names of the base classes."""
     return OV_COCO_48 if base_classes == "ov-coco-48" else tuple(base_classes)
+
+
+def target_names(targets: Sequence[str] | Literal["ov-coco-17"]) -> tuple[str, ...]:
+    """Return the names of the classes that are looked for, in order."""
+    return OV_COCO_17 if targets == "ov-coco-17" else tuple(targets)

@@ -46,7 +46,7 @@ def test_one_field_can_be_changed_for_one_call(run_file: Path) -> None:
         ("sharding.chunksize=3", r"sharding\.chunksize: Extra inputs are not permitted \(got 3\)"),
         ("run=My_Run", r"run: String should match pattern.*\(got 'My_Run'\)"),
         ("limits.max_failed=2", r"limits\.max_failed: .*less than or equal to 1 \(got 2\)"),
-        ("recipe.name=other", r"recipe\.name: Input should be 'cotpl' \(got 'other'\)"),
+        ("recipe.name=other", r"recipe: Input tag 'other' .* 'cotpl', 'vlplm'"),
         ("store.x=1", r"--set store\.x=1: store is not a section"),
         ("store", r"--set store: expected path=value"),
     ],

@@ -1,8 +1,11 @@
 """The two `match` statements that wire the recipes to the commands."""
 
+from typing import assert_never
+
 from mill_jobs.config import RunConfig
 from mill_jobs.recipes.base import FinalWriter, Labeller, RecordTable, Summary
 from mill_jobs.recipes.cotpl.config import CotplConfig
+from mill_jobs.recipes.vlplm.config import VlplmConfig
 from mill_shared.coco import CocoBase
 from mill_shared.errors import ConfigError
 
@@ -13,15 +16,18 @@ def build_labeller(config: RunConfig) -> Labeller:
     Raises:
         ConfigError: weights are missing or unusable, or the labels of this run were imported.
     """
+    if config.recipe.label is None:
+        raise ConfigError("recipe.label is not set: the labels of this run are imported, there is nothing to label")
     match config.recipe:
         case CotplConfig(label=label):
-            if label is None:
-                raise ConfigError(
-                    "recipe.label is not set: the labels of this run are imported, there is nothing to label"
-                )
             from mill_jobs.recipes.cotpl.label import build_labeller as build
 
+            assert label is not None, "tested above"
             return build(label)
+        case VlplmConfig():
+            raise ConfigError("recipe vlplm: labelling is not there yet; import scores")
+        case _:
+            assert_never(config.recipe)
 
 
 def finalize_recipe(config: RunConfig, table: RecordTable, base: CocoBase | None, out: FinalWriter) -> Summary:
@@ -31,3 +37,9 @@ def finalize_recipe(config: RunConfig, table: RecordTable, base: CocoBase | None
             from mill_jobs.recipes.cotpl.finalize import finalize
 
             return finalize(settings, table, base, out)
+        case VlplmConfig() as recipe:
+            from mill_jobs.recipes.vlplm.finalize import finalize as finalize_scores
+
+            return finalize_scores(recipe, table, base, out)
+        case _:
+            assert_never(config.recipe)

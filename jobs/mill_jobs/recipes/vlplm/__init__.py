@@ -1,0 +1,1 @@
+"""VL-PLM and MarvelOVD: class-agnostic proposals, named by CLIP."""
