@@ -76,3 +76,14 @@ class RunKeys:
     def report(self, final: str, name: str) -> str:
         """A file of the report of a final."""
         return f"{self.run}/reports/{final}/{name}"
+
+
+def embedding_key(encoder: str, form: str, text: str) -> str:
+    """A row of class embeddings, shared by all runs. Create-once.
+
+    Args:
+        encoder: SHA-256 of the model that made it.
+        form: `plain` or `attn12`.
+        text: SHA-256 of the prompts.
+    """
+    return f"embeddings/{encoder[:16]}/{form}/{text}.npy"
