@@ -6,6 +6,7 @@ line ends, encodings and form feeds need no care.
 
 import ast
 import io
+import itertools
 import os
 import re
 import tempfile
@@ -158,6 +159,16 @@ class _Source:
             )
         return self.values[name]
 
+    def follow(self, node: ast.Name) -> ast.expr | None:
+        """Return what was assigned to a name before it is used here; None where that is not in the file.
+
+        Raises:
+            PatchRefused: as `variable`.
+        """
+        value = self.variable(node.id)
+        # A later assignment is no help to Python either; following it could lead in circles.
+        return value if value is not None and self.span(value)[1] <= self.start(node) else None
+
     def find(self, path: str) -> list[_Place]:
         """Return every place of a target path; see `TargetTable`. Names are followed to their variables."""
         first, *steps = path.split(".")
@@ -172,14 +183,14 @@ class _Source:
         """Yield every place that the steps lead to from a node."""
         searching = steps[0] == "**"
         match node:
-            case ast.Name(id=name):
+            case ast.Name():
                 try:
-                    value = self.variable(name)
+                    value = self.follow(node)
                 except PatchRefused:
                     if searching:  # it passes over what it cannot follow; a named step must not
                         return
                     raise
-                if value is not None and not _mentions(value, name):
+                if value is not None:
                     yield from self.walk(value, steps)
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 for item in items:
@@ -243,14 +254,13 @@ class _Source:
         match node:
             case ast.Constant(value=value):
                 return value
-            case ast.Name(id=name):
+            case ast.Name():
                 try:
-                    assigned = self.variable(name)
+                    assigned = self.follow(node)
                 except PatchRefused as error:
                     raise _UnknownValue from error
-                if assigned is None or _mentions(assigned, name):
-                    raise _UnknownValue
-                return self.evaluate(assigned, instead)
+                if assigned is not None:
+                    return self.evaluate(assigned, instead)
             case ast.List(elts=elements):
                 return self._elements(elements, instead)
             case ast.Tuple(elts=elements):
@@ -294,20 +304,18 @@ class _Source:
 
     def _replace(self, node: ast.expr, wanted: Any) -> dict[tuple[int, int], str]:
         while isinstance(node, ast.Name):
-            assigned = self.variable(node.id)
-            if assigned is None or _mentions(assigned, node.id):
+            assigned = self.follow(node)
+            if assigned is None:
                 raise PatchRefused(
-                    f"{self.where(node)}: {node.id} is not assigned in this file; write its value here, or train with "
-                    "the overlay"
+                    f"{self.where(node)}: {node.id} is not assigned before; write its value here, or train with the "
+                    "overlay"
                 )
             node = assigned
         if self._comes_to(node, wanted):
             return {}
         head = self._head(node)
         if isinstance(wanted, list) and head is not None:
-            mine = [element for element in head.elts if not isinstance(element, ast.Starred)]
-            count = next((at for at, element in enumerate(head.elts) if isinstance(element, ast.Starred)), len(mine))
-            fixed = head.elts[:count]
+            fixed = list(itertools.takewhile(lambda element: not isinstance(element, ast.Starred), head.elts))
             if len(fixed) <= len(wanted):
                 instead = {id(element): value for element, value in zip(fixed, wanted, strict=False)}
                 if self._comes_to(node, wanted, instead):
@@ -322,22 +330,16 @@ class _Source:
 
     def _head(self, node: ast.expr) -> ast.List | None:
         """Return the list that a sum of lists begins with."""
-        while True:
-            match node:
-                case ast.List():
-                    return node
-                case ast.BinOp(left=left, op=ast.Add()):
-                    node = left
-                case ast.Name(id=name):
-                    try:
-                        assigned = self.variable(name)
-                    except PatchRefused:
-                        return None
-                    if assigned is None or _mentions(assigned, name):
-                        return None
-                    node = assigned
-                case _:
-                    return None
+        match node:
+            case ast.List():
+                return node
+            case ast.BinOp(left=left, op=ast.Add()):
+                return self._head(left)
+            case ast.Name():
+                with suppress(PatchRefused):
+                    value = self.follow(node)
+                    return None if value is None else self._head(value)
+        return None
 
     def _comes_to(self, node: ast.expr, wanted: Any, instead: Mapping[int, Any] | None = None) -> bool:
         try:
@@ -361,10 +363,6 @@ class _Source:
         for (start, end), new in sorted(changes.items(), reverse=True):
             text = text[:start] + new + text[end:]
         return text.encode(self.encoding)
-
-
-def _mentions(node: ast.expr, name: str) -> bool:
-    return any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(node))
 
 
 def _operate(left: Any, op: ast.operator, right: Any) -> Any:

@@ -194,7 +194,7 @@ def _differences(a: Any, b: Any, place: str, files: Collection[str], no_metainfo
             if key == "metainfo" and no_metainfo and place.startswith("train_dataloader"):
                 continue
             yield from _differences(a.get(key), b.get(key), f"{place}.{key}", files, no_metainfo)
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
         for number, (mine, other) in enumerate(zip(a, b, strict=True)):
             yield from _differences(mine, other, f"{place}[{number}]", files, no_metainfo)
     elif a != b and not (_name(a) in files and _name(a) == _name(b)):

@@ -5,6 +5,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -220,7 +221,7 @@ def test_places_are_found_through_lists_names_and_both_forms_of_dict(before: str
         "[{head}] + [1] * num_pls + [0.7]",
         "[{head}, *[1] * num_pls, 0.7]",
         "[{head}] + ([1] * num_pls + [0.7])",
-        "first + num_pls * [1] + [0.7]\nfirst = [{head}]",
+        "first + num_pls * [1] + [0.7]",
     ],
 )
 def test_weights_keep_the_tail_that_derives_from_the_number_of_extras(expression: str) -> None:
@@ -228,20 +229,41 @@ def test_weights_keep_the_tail_that_derives_from_the_number_of_extras(expression
     edits = [Edit("num_pls", ("num_pls",), 2), wanted]
 
     def text(num_pls: int, head: Sequence[float]) -> str:
-        return f"num_pls = {num_pls}\nclass_weight = {expression.format(head=', '.join(str(item) for item in head))}\n"
+        numbers = ", ".join(str(item) for item in head)
+        first = f"first = [{numbers}]\n" if "first" in expression else ""
+        return f"{first}num_pls = {num_pls}\nclass_weight = {expression.format(head=numbers)}\n"
 
     patched = patch_config(text(44, [1] * 80).encode(), edits).decode()
     assert patched == text(2, TWO.class_weight[:80])
     assert patch_config(patched.encode(), edits).decode() == patched
 
 
-def test_weights_that_do_not_fit_are_written_anew() -> None:
-    source = b"class_weight = [1] * 80 + [0.7]\nnums = [1, 2]\n"
-    patched = patch_config(source, [Edit("class_weight", ("class_weight",), TWO.class_weight)])
-    comes_to: dict[str, object] = {}
-    exec(patched, comes_to)
-    assert comes_to["class_weight"] == TWO.class_weight
-    assert patched.endswith(b"\nnums = [1, 2]\n")
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "[1] * 80 + [0.7]",
+        "[1] * 10**9 + [0.7]",
+        "[1] * 2000000 + [0.7]",
+        "[*range(80), 0.7]",
+        "[*number, 0.7]",
+        "[-number, 2 - 1, 2 * 3]",
+        "[1, 2] + number",
+        "early + [0.7]",
+        "twice + [0.7]",
+        "ones[:80]",
+        "[1 for _ in ones]",
+        "[1.0] * 82 + (0.7,)",
+        "None",
+        "[dict(**ones)]",
+        "[1] * 90",
+    ],
+)
+def test_weights_that_do_not_fit_are_written_anew(expression: str) -> None:
+    lines = "number = 5\ntwice = [1]\ntwice = [2]\nclass_weight = {}\nearly = [1]\n"
+    patched = patch_config(
+        lines.format(expression).encode(), [Edit("class_weight", ("class_weight",), TWO.class_weight)]
+    )
+    assert patched.decode() == lines.format(literal(TWO.class_weight, len("class_weight = ")))
 
 
 @pytest.mark.parametrize(
@@ -254,11 +276,15 @@ def test_weights_that_do_not_fit_are_written_anew() -> None:
         ("num_pls, x = 1, 2", "not plainly assigned"),
         ("if True:\n    num_pls = 3", "line 2: num_pls is not plainly assigned"),
         ("for num_pls in []: pass", "not plainly assigned"),
-        ("num_pls = count", "config, line 1: count is not assigned in this file"),
-        ("from counts import count\nnum_pls = count", "count is not assigned in this file"),
+        ("num_pls = count", "config, line 1: count is not assigned before"),
+        ("from counts import count\nnum_pls = count", "count is not assigned before"),
         ("x = 1", "config: not set there: num_pls (num_pls)"),
         ("num_pls = ", "config: no Python file: invalid syntax"),
         ("# coding: utf-9\n", "config: no Python file: unknown encoding"),
+        ("# coding: utf-7\nnum_pls = 1  # +AGE-", "config: its utf-7 text cannot be written back byte for byte"),
+        ("num_pls = count\ncount = num_pls", "config, line 1: count is not assigned before"),
+        ("count = 1\ncount = 2\nnum_pls = count", "count is set or changed in lines 1, 2"),
+        ("num_pls = num_pls", "config, line 1: num_pls is not assigned before"),
     ],
 )
 def test_a_variable_that_is_not_assigned_once_is_refused(source: str, message: str) -> None:
@@ -275,6 +301,7 @@ def test_a_variable_that_is_not_assigned_once_is_refused(source: str, message: s
         ("base = dict(x=1)\nmodel = dict(base, head=dict(n=1))", "line 2: the dict takes entries from elsewhere"),
         ("model = dict(head=dict(n=1))\nmodel['head']['n'] = 2", "model is set or changed in lines 1, 2"),
         ("model = dict(head=dict(n=1))\nmodel.update(head=3)", "model is set or changed in lines 1, 2"),
+        ("head = dict(n=1)\nhead['n'] = 2\nmodel = dict(head=head)", "head is set or changed in lines 1, 2"),
         ("n = 3\nmodel = dict(head=dict(n=n), m=n)", "n shares a variable with another value"),
     ],
 )
@@ -316,10 +343,10 @@ def read_metainfo(source: bytes) -> dict[str, Sequence[object]]:
 @pytest.mark.parametrize("metainfo", ["dict(classes=('a',))", "{\n  'classes': ('a',),\n  # 'palette': [],\n}"])
 def test_a_missing_palette_is_added(metainfo: str) -> None:
     source = f"class CocoDataset:\n    METAINFO = {metainfo}\n".encode()
-    comes_to: dict[str, type] = {}
+    comes_to: dict[str, Any] = {}
     exec(patch_metainfo(source, CLASSES), comes_to)
-    metainfo = comes_to["CocoDataset"].METAINFO  # type: ignore[attr-defined]
-    assert metainfo == {"classes": ("cat", "dog"), "palette": make_palette(2)}
+    expected = {"classes": ("cat", "dog"), "palette": make_palette(2)}
+    assert comes_to["CocoDataset"].METAINFO.items() == expected.items()
 
 
 @pytest.mark.parametrize(
@@ -400,6 +427,25 @@ def test_the_command_takes_the_trainer_from_the_manifest(bundle: Path, tmp_path:
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     assert CliRunner().invoke(mill, ["patch", str(bundle), str(config)]).exit_code == 0
     assert config.read_text().startswith("heads = 82\ntrain_dataloader = dict(metainfo=dict(classes=(")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [("{", "manifest.json: "), ('{"finalize": {"finalize": {"trainer": {"kind": "yolo"}}}}', "Input tag 'yolo'")],
+)
+def test_a_broken_manifest_is_named(bundle: Path, tmp_path: Path, manifest: str, message: str) -> None:
+    (bundle / "manifest.json").write_text(manifest)
+    config = tmp_path / "config.py"
+    config.touch()
+    ended = CliRunner().invoke(mill, ["patch", str(bundle), str(config)])
+    assert isinstance(ended.exception, ConfigError)
+    assert message in str(ended.exception)
+    assert "fetch the bundle again" in str(ended.exception)
+
+
+def test_a_folder_without_classes_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"classes.json: cannot be read \(No such file"):
+        plan_patch(tmp_path, [], BARON_TARGETS, None)
 
 
 @pytest.mark.parametrize("manifest", [None, '{"finalize": {"finalize": {}}}'])
