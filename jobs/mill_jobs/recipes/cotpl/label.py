@@ -24,7 +24,7 @@ from mill_jobs.recipes.cotpl.render import boost_colours, render_region
 from mill_shared.geometry import encode_masks, mask_boxes
 from mill_shared.models.factory import build_chat_model, build_mask_generator
 from mill_shared.models.protocols import ChatModel, MaskGenerator, Question
-from mill_shared.records import Dropped, ImageRecord, Region, RegionMask
+from mill_shared.records import Box, Dropped, ImageRecord, Region, RegionMask
 
 PICTURES_BYTES = 512 * 2**20
 """Rendered pictures held at once; questions are batched across the images that fit."""
@@ -38,6 +38,8 @@ class _Asking:
 
     sample: Sample
     region: Region
+    box_xyxy: Box
+    """Half-open in both profiles, as questions promise."""
     picture_rgb: NDArray[np.uint8]
     answers: list[dict[str, object]] = field(default_factory=list)
     name: str = ""
@@ -134,7 +136,8 @@ class CotplLabeller:
                     "float_box": False,
                 },
             )
-            regions.append(_Asking(sample, region, picture))
+            half_open = (float(x0), float(y0), float(x1), float(y1))
+            regions.append(_Asking(sample, region, half_open, picture))
         return regions, dropped
 
     def _box(self, box: NDArray[np.float64]) -> tuple[float, float, float, float]:
@@ -239,7 +242,7 @@ class CotplLabeller:
         questions = [
             Question(
                 region.picture_rgb, wording or self._text(region, asked), choices, asked, region.sample.image_id,
-                region.region.box_xyxy,
+                region.box_xyxy,
             )
             for region in regions
         ]  # fmt: skip
