@@ -8,15 +8,16 @@ from typing import Any
 
 from mill_jobs.trainer.classes import ClassList
 from mill_jobs.trainer.config import TargetTable
+from mill_jobs.trainer.embeddings import CLASSES, GROUPS
 
 INSTANCES = "instances.json"
 HERE = "{{ fileDirname }}"
 """mmengine puts the folder of the config in place of this."""
 EMBEDDING_FILES = {
-    "embeddings": "class_embeddings.npy",
-    "embeddings_attn12": "class_embeddings_attn12.npy",
-    "background": "background_embeddings.npy",
-    "background_attn12": "background_embeddings_attn12.npy",
+    "embeddings": CLASSES["plain"],
+    "embeddings_attn12": CLASSES["attn12"],
+    "background": GROUPS["plain"],
+    "background_attn12": GROUPS["attn12"],
 }
 """Field of the target table -> file of the bundle."""
 WIDTH = 79
@@ -88,7 +89,9 @@ def literal(value: Any, indent: int = 0, quote: str = "'") -> str:
     match value:
         case str():
             plain = re.search(r"""['"\\]""", value) is None and value.isprintable()
-            return f"{quote}{value}{quote}" if plain else repr(value)
+            text = f"{quote}{value}{quote}" if plain else repr(value)
+            # mmengine puts values in place of double braces, and a model may answer with anything.
+            return text if value.startswith(HERE) else text.replace("{{", "{\\x7b")
         case dict():
             inner = indent + len("dict(")
             items = [f"{key}={literal(item, inner + len(key) + 1, quote)}" for key, item in value.items()]
@@ -168,11 +171,7 @@ def make_overlay(
     variables = [(path, edit.value) for edit in edits for path in edit.paths if "." not in path]
     places = [(tuple(path for path in edit.paths if "." in path), edit) for edit in edits]
     sections = dict.fromkeys(path.split(".")[0] for paths, _ in places for path in paths)
-    rows = [
-        f"    ({literal(paths)}, {edit.key!r}, {'_metainfo' if edit.what == 'metainfo' else _indented(edit.value)}),\n"
-        for paths, edit in places
-        if paths
-    ]
+    rows = [f"    ({literal(paths)}, {edit.key!r},{_shown(edit)}),\n" for paths, edit in places if paths]
     metainfo = [f"_metainfo = {literal(edit.value, 12)}\n" for edit in edits if edit.what == "metainfo"]
     return "".join(
         (
@@ -192,5 +191,7 @@ def make_overlay(
     )
 
 
-def _indented(value: Any) -> str:
-    return literal(value) if not isinstance(value, list) else f"\n     {literal(value, 5)}"
+def _shown(edit: Edit) -> str:
+    if edit.what == "metainfo":
+        return " _metainfo"
+    return f"\n     {literal(edit.value, 5)}" if isinstance(edit.value, list) else f" {literal(edit.value)}"

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mill_jobs.final import fetch_final
 from mill_jobs.finalize import ScratchWriter, finalize_run
-from mill_jobs.trainer.classes import ClassList
+from mill_jobs.trainer.classes import ClassList, make_classes
 from mill_jobs.trainer.config import (
     BARON_TARGETS,
     MMDET_TARGETS,
@@ -231,6 +231,20 @@ def test_the_overlay_inherits_from_a_packaged_config(bundle: Bundle, tmp_path: P
     resolved = load_resolved(overlay)
     assert agreement(resolved, None, bundle.classes, targets) == []
     assert resolved["train_dataloader"]["dataset"]["ann_file"] == f"{tmp_path}/instances.json"
+
+
+def test_names_that_mmengine_would_fill_in_stay_names(tmp_path: Path) -> None:
+    names = ("{{ fileDirname }", "x {{ fileDirname }}", "{{$HOME:cat}}", "{{_base_.model}}", "it's {{{{", "\\{{")
+    classes = make_classes(None, names)
+    (tmp_path / "base.py").write_text(
+        "model = dict(bbox_head=dict(num_classes=80))\ntrain_dataloader = dict(ann_file='a')"
+    )
+    (tmp_path / "overlay.py").write_text(make_overlay(classes, MMDET_TARGETS, str(tmp_path / "base.py")))
+    assert agreement(load_resolved(tmp_path / "overlay.py"), None, classes, MMDET_TARGETS) == []
+    (tmp_path / "classes.json").write_bytes(classes.to_json())
+    for path, data in plan_patch(tmp_path, [tmp_path / "base.py"], MMDET_TARGETS, None).items():
+        replace_file(path, data)
+    assert agreement(None, load_resolved(tmp_path / "base.py"), classes, MMDET_TARGETS) == []
 
 
 def test_a_repeated_dataset_is_reached(bundle: Bundle, tmp_path: Path) -> None:
