@@ -130,5 +130,30 @@ class OracleChatConfig(Section):
     """Category names that are answered as background."""
 
 
+class ProposalsConfig(TorchConfig):
+    """A class-agnostic proposal network of Detectron2, whose box head refines. Source: specs/vlplm.md 1.1 and 4."""
+
+    checkpoint: Annotated[Path, Role.PLACEMENT]
+    """Detectron2 checkpoint (.pth) of an R-CNN with FPN, trained with one class; its sizes are read from it. Its
+    SHA-256 goes into the label digest."""
+    short_side_px: int = Field(800, ge=32)
+    """Shorter side of the network's input."""
+    long_side_px: int = Field(1333, ge=32)
+    """Longer side of the network's input at most."""
+    per_level: int = Field(1000, ge=1)
+    """Anchors of each level that are looked at, the surest."""
+    nms_iou: float = Field(0.3, ge=0, le=1)
+    """IoU above which the worse of two proposals of a level is left out."""
+    refined: int = Field(1000, ge=1)
+    """Proposals that are refined, the surest."""
+    passes: int = Field(10, ge=0)
+    """How often the box head moves each box; the original's `--roi_num`."""
+    kept: int = Field(100, ge=1)
+    """Proposals that are kept after that, the surest."""
+    keep_before_refining: bool = False
+    """Refine only the proposals that are kept: a tenth of the work, with the same boxes up to rounding (4e-4 px).
+    Source: specs/vlplm.md 1.1 step E and 7.6."""
+
+
 MasksConfig = Annotated[SamConfig | OracleMasksConfig, Field(discriminator="kind")]
 ChatConfig = Annotated[TransformersChatConfig | HttpChatConfig | OracleChatConfig, Field(discriminator="kind")]
