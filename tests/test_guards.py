@@ -30,7 +30,14 @@ def test_layers_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mill_jobs.finalize", "mill_jobs.recipes.cotpl.finalize", "mill_jobs.verify", "mill_jobs.evaluate"]
+    "module",
+    [
+        "mill_jobs.finalize",
+        "mill_jobs.recipes.cotpl.finalize",
+        "mill_jobs.recipes.vlplm.finalize",
+        "mill_jobs.verify",
+        "mill_jobs.evaluate",
+    ],
 )
 def test_nothing_after_labelling_imports_torch(module: str) -> None:
     assert not {"torch", "transformers", "segment_anything"} & imported(f"import {module}")

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mill_jobs.recipes.cotpl.config import CotplConfig
 from mill_jobs.recipes.cotpl.evidence import EVIDENCE
 from mill_shared.keys import RunKeys
 from mill_shared.plan import ImageRow, build_plan, write_plan
@@ -251,10 +252,12 @@ def run_stages(folder: Path) -> None:
             say(f"  gather     {time.perf_counter() - wall:6.2f} s  {time.process_time() - cpu:6.2f} s CPU")
         base = open_base(folder / "base.json", None, config.finalize.base_classes)
         measured("base", lambda: open_base(folder / "base.json", None, config.finalize.base_classes))
+        assert isinstance(config.recipe, CotplConfig)
+        settings = config.recipe.finalize
         with record_table(gathered, plan, scratch, flat) as table:
             measured("outcomes", lambda: count_outcomes(table))
             writer = ScratchWriter(scratch / "final")
-            measured("finalize", lambda: finalize(config.recipe.finalize, table, base, writer))
+            measured("finalize", lambda: finalize(settings, table, base, writer))
     say(f"  peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

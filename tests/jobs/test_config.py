@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mill_jobs.config import read_config
+from mill_jobs.recipes.cotpl.config import CotplConfig, LabelConfig
 from mill_shared.errors import ConfigError
 
 MINIMAL = """
@@ -27,7 +28,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_a_minimal_run_file_has_the_methods_defaults(run_file: Path) -> None:
     label = read_config(run_file).recipe.label
-    assert label is not None
+    assert isinstance(label, LabelConfig)
     assert (label.iou_threshold, label.score_threshold, label.inner_threshold, label.min_box_area_px) == (
         0.8, 0.7, 0.5, 10_000
     )  # fmt: skip
@@ -36,6 +37,7 @@ def test_a_minimal_run_file_has_the_methods_defaults(run_file: Path) -> None:
 
 def test_one_field_can_be_changed_for_one_call(run_file: Path) -> None:
     config = read_config(run_file, ("sharding.chunk_size=7", "recipe.finalize.masks=true", "run=my-run"))
+    assert isinstance(config.recipe, CotplConfig)
     assert (config.sharding.chunk_size, config.recipe.finalize.masks, config.run) == (7, True, "my-run")
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from mill_jobs.diff import BoxDiff, ClassDiff, Diff, diff_finals
 from mill_jobs.final import fetch_final
 from mill_jobs.finalize import finalize_run
+from mill_jobs.recipes.cotpl.config import CotplConfig
 from mill_jobs.recipes.cotpl.finalize import REGIONS_SCHEMA
 from mill_jobs.trainer.classes import ClassEntry, ClassList
 from oracle_run import OracleRun
@@ -106,6 +107,7 @@ def test_a_name_in_brackets_is_still_a_name(tmp_path: Path) -> None:
 
 def test_another_selection_of_one_run(oracle_run: OracleRun, tmp_path: Path) -> None:
     run = oracle_run
+    assert isinstance(run.config.recipe, CotplConfig)
     recipe = run.config.recipe.finalize
     fewer = recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"count": 2})})
     config = run.config.model_copy(update={"recipe": run.config.recipe.model_copy(update={"finalize": fewer})})

@@ -24,8 +24,11 @@ def build_labeller(config: RunConfig) -> Labeller:
 
             assert label is not None, "tested above"
             return build(label)
-        case VlplmConfig():
-            raise ConfigError("recipe vlplm: labelling is not there yet; import scores")
+        case VlplmConfig(label=scoring) as recipe:
+            from mill_jobs.recipes.vlplm.label import build_labeller as build_scorer
+
+            assert scoring is not None, "tested above"
+            return build_scorer(scoring, recipe.target_names)
         case _:
             assert_never(config.recipe)
 

@@ -1,14 +1,48 @@
 """VL-PLM and MarvelOVD: proposals of a class-agnostic network, named by CLIP. Source: specs/vlplm.md."""
 
+import hashlib
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mill_jobs.trainer.templates import ENSEMBLE
 from mill_shared.config import Role, Section
+from mill_shared.models.config import ClipConfig, ProposalsConfig
 from mill_shared.presets import target_names
 
 THRESHOLDS = {"vlplm": 0.8, "marvelovd": 0.5}
 """Source: specs/vlplm.md 0."""
+
+
+class LabelConfig(Section):
+    """From a picture to scored proposals. The original's numbers; what does better is off by default."""
+
+    proposals: ProposalsConfig
+    """Where boxes come from."""
+    clip: ClipConfig
+    """Who names them; the original uses ViT-B/32."""
+    crop_scales: tuple[Annotated[float, Field(gt=0, le=10)], ...] = Field((1.0, 1.5), min_length=1)
+    """A box is looked at in these sizes, and the features are averaged. Source: specs/vlplm.md 1.1 step H."""
+    min_side_px: float = Field(5, gt=0)
+    """Boxes with a shorter side, in pixels of the original picture, are left out. Source: specs/vlplm.md 1.1 step G."""
+    temperature: float = Field(0.01, gt=0)
+    """Divides the cosines before the softmax. Source: specs/vlplm.md 1.1 step K."""
+    softmax: Literal["model", "float32"] = "model"
+    """Number type of logits and probabilities: with `model` that of CLIP, so that float16 saturates at 1.0 as in the
+    original on a GPU. Source: specs/vlplm.md 7.3."""
+    distractors: tuple[str, ...] = ()
+    """Names that a box may be instead of a target, e.g. the base classes and `background`; they take probability and
+    are never written. The original has none. Source: specs/vlplm.md 7.1."""
+    square_crops: bool = False
+    """Pad crops to squares instead of cutting off what lies outside of their central square. Source: specs/vlplm.md
+    7.5."""
+    store_features: bool = False
+    """Keep each box's image feature (1 kB), to score other names without another look at the pictures."""
+
+    @property
+    def min_box_area_px(self) -> int:
+        """Smaller boxes are never asked about, width x height."""
+        return int(self.min_side_px**2)
 
 
 class VlplmFinalizeConfig(Section):
@@ -63,7 +97,7 @@ class VlplmConfig(Section):
     """Selects this recipe."""
     targets: tuple[str, ...] | Literal["ov-coco-17"] = "ov-coco-17"
     """Classes that are looked for, in the order of the scores; any names."""
-    label: None = None
+    label: LabelConfig | None = None
     """Changes the scores: another value is another run. None where the scores are imported."""
     finalize: Annotated[VlplmFinalizeConfig, Role.FINALIZE] = VlplmFinalizeConfig()
     """Changes what is made of the scores: another value is another final of the same run."""
@@ -79,11 +113,30 @@ class VlplmConfig(Section):
                 raise ValueError("a list of class names, none of them blank")
         return targets
 
+    @model_validator(mode="after")
+    def _no_target_distracts(self) -> "VlplmConfig":
+        both = [] if self.label is None else [name for name in self.label.distractors if name in self.target_names]
+        if both:
+            raise ValueError(f"label.distractors: also among the targets: {', '.join(both)}")
+        return self
+
     @property
     def target_names(self) -> tuple[str, ...]:
         """The classes that are looked for, in order."""
         return target_names(self.targets)
 
     def content(self) -> dict[str, str]:
-        """Digests of what the labels depend on beside this file: weights."""
-        return {}
+        """Digests of what the labels depend on beside this file: weights, prompts.
+
+        Raises:
+            ConfigError: a file is missing or cannot be read.
+        """
+        from mill_shared.models.weights import content_digest
+
+        if self.label is None:
+            return {}
+        return {
+            "label.prompts": hashlib.sha256("\n".join(ENSEMBLE).encode()).hexdigest(),
+            "label.proposals.checkpoint": content_digest(self.label.proposals.checkpoint),
+            "label.clip.model": content_digest(self.label.clip.model),
+        }
