@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from mill_jobs.recipes.cotpl.config import CotplConfig
 from mill_jobs.recipes.vlplm.config import VlplmConfig
+from mill_jobs.trainer.config import NoTrainer, TrainerConfig
 from mill_shared.config import DatasetConfig, LimitsConfig, Role, Section, ShardingConfig, StorageConfig
 from mill_shared.errors import ConfigError
 
@@ -24,6 +25,8 @@ class FinalizeConfig(Section):
     """Ordered known classes; default: the base file's categories by id."""
     base_classes: tuple[str, ...] | Literal["ov-coco-48"] | None = None
     """Classes whose annotations in the base file are kept; required with a base file, never inferred."""
+    trainer: TrainerConfig = NoTrainer()
+    """What the bundle is made for."""
 
 
 class RunConfig(Section):

@@ -51,6 +51,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     chunks: list[tuple[int, int, str]]
     """(pass, chunk, digest) of every chunk that went in, in plan order."""
     files: list[FileEntry]
+    missing: list[str] = []
+    """What the bundle lacks for its trainer, a line each; empty for a complete one."""
 
 
 class Ref(msgspec.Struct, frozen=True):

@@ -22,10 +22,14 @@ from mill_jobs.final import FileEntry, Manifest, file_sha256, publish_ref, read_
 from mill_jobs.flat import FlatWriter, create_views
 from mill_jobs.recipes.base import RecordTable, Summary
 from mill_jobs.recipes.choose import finalize_recipe
+from mill_jobs.trainer.bundle import gather_inputs, write_trainer_part
 from mill_jobs.trainer.check import check_bundle
+from mill_jobs.trainer.classes import ClassList
+from mill_jobs.trainer.config import TrainerConfig
 from mill_shared.coco import CocoBase, annotations_per_class, open_base
 from mill_shared.errors import ConfigError, CorruptError, CoverageError, InvariantError, KeyMissing
 from mill_shared.keys import RunKeys
+from mill_shared.models.weights import content_digest
 from mill_shared.plan import RunPlan, check_chunk_of, code_version, digest_of, read_images, read_passes
 from mill_shared.storage import LocalStore, Store, open_store
 
@@ -36,6 +40,8 @@ R = TypeVar("R")
 
 CHUNKS_IN_FLIGHT = 64
 NAMED_IN_ERRORS = 10
+NOT_CONTENT: dict[str, Any] = {"base": True, "trainer": {"embeddings": {"clip", "plain", "attn12"}}}
+"""Paths of the finalize part whose content goes into the digest in their place."""
 DUCKDB_MEMORY = "512MB"
 LARGE_BASE_BYTES = 64 * 2**20
 
@@ -339,8 +345,11 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
                 gathered = gather_chunks(store, plan, scratch, flat)
             base = opening.result()
         base_sha256 = None if base is None or base.file is None else base.file.sha256
+        inputs = gather_inputs(
+            settings.trainer, lambda url, what: local_file(url, config, scratch, what), content_digest
+        )
         finalize_part = {
-            "finalize": settings.model_dump(mode="json", exclude={"base"}),
+            "finalize": settings.model_dump(mode="json", exclude=NOT_CONTENT),
             "recipe": config.recipe.finalize.model_dump(mode="json"),
         }
         chunks = [(item.pass_index, item.chunk, item.digest) for item in gathered.chunks]
@@ -350,6 +359,7 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
                 "plan": plan.label_digest,
                 "chunks": chunks,
                 "base": base_sha256,
+                "trainer": dict(inputs.digests),
                 "code": code_version(),
             }
         )[:16]
@@ -363,26 +373,30 @@ def finalize_run(config: RunConfig, plan: RunPlan, store: Store) -> Finalized:
                 return Finalized(digest, existing, summary, publish_ref(store, plan.run, existing))
             writer = ScratchWriter(scratch / "final")
             summary = finalize_recipe(config, table, base, writer)
+        classes = ClassList.from_json(writer.path("classes.json").read_bytes())
+        notes, missing = write_trainer_part(settings.trainer, inputs, classes, writer, store)
+        lacks = [f"incomplete: {line}" for line in missing]
+        summary = msgspec.structs.replace(summary, notes=(*summary.notes, *notes, *lacks))
         with writer.create("summary.json") as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(summary), indent=1))
-        require_whole(plan.run, writer.folder)
+        require_whole(plan.run, writer.folder, settings.trainer)
         manifest = Manifest(
             run=plan.run, final=digest, label_digest=plan.label_digest, recipe=plan.recipe, code=code_version(),
             finalize=finalize_part, base_sha256=base_sha256, passes=gathered.passes, images=plan.images,
             records=outcomes, failed=failed, chunks=chunks,
-            files=_publish_files(store, plan.run, digest, writer),
+            files=_publish_files(store, plan.run, digest, writer), missing=missing,
         )  # fmt: skip
         store.put_new(RunKeys(plan.run).manifest(digest), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
         return Finalized(digest, manifest, summary, publish_ref(store, plan.run, manifest))
 
 
-def require_whole(run: str, folder: Path) -> None:
+def require_whole(run: str, folder: Path, trainer: TrainerConfig) -> None:
     """Refuse a bundle that would mislead a trainer, before anybody can see it.
 
     Raises:
         InvariantError: names every fault.
     """
-    checked = check_bundle(folder)
+    checked = check_bundle(folder, trainer)
     for line in checked.warnings:
         log.warning("left alone", what=line)
     if checked.faults:

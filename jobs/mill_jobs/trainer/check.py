@@ -15,8 +15,11 @@ import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
+from mill_jobs.trainer.bundle import EMBEDDING_ROWS, Rows, row_digests
 from mill_jobs.trainer.classes import ClassList, Weights, make_weights
+from mill_jobs.trainer.config import BaronTrainer, MmdetTrainer, NoTrainer, TrainerConfig
 from mill_shared.coco import CATEGORIES, IMAGES, CocoCategory, Slice, Xywh, read_sections
 from mill_shared.errors import ConfigError
 from mill_shared.geometry import Rle, mask_areas
@@ -73,12 +76,12 @@ class _Manifest(msgspec.Struct, frozen=True):
     finalize: dict[str, Any] = {}
 
 
-def check_bundle(folder: Path, *, trainer: str = "none") -> Checked:
+def check_bundle(folder: Path, trainer: TrainerConfig | None = None) -> Checked:
     """Test every invariant of a bundle.
 
     Args:
         folder: the files of a final, as `mill fetch` leaves them. Digests are tested where there is a manifest.
-        trainer: `none`, `mmdet` or `baron`; where there is a manifest, that one says.
+        trainer: what the bundle is made for. Default: what the manifest says, else none.
 
     Raises:
         ConfigError: the folder holds no bundle, or a file of it cannot be read.
@@ -87,15 +90,19 @@ def check_bundle(folder: Path, *, trainer: str = "none") -> Checked:
     manifest = _read_manifest(folder)
     if manifest is not None:
         faults += check_digests(folder, manifest)
-        trainer = manifest.finalize.get("finalize", {}).get("trainer", {}).get("kind", "none")
+        trainer = trainer or _trainer_of(folder, manifest)
     classes = ClassList.from_json(_read(folder / CLASSES), str(folder / CLASSES))
     faults += check_classes(classes)
     faults += check_weights(classes, _decoded(folder / WEIGHTS, Weights))
-    if trainer == "baron" and classes.taxonomy != COCO_80:
+    if isinstance(trainer, BaronTrainer) and classes.taxonomy != COCO_80:
         faults.append(
-            f"{CLASSES}: a BARON head slices the first 80 rows as COCO's classes, but the taxonomy is another one"
+            f"{CLASSES}: a BARON head takes the first 80 rows for COCO's classes, but the taxonomy is another"
         )
+    faults += check_embeddings(folder, classes)
     found, warnings, annotations = check_instances(folder, classes)
+    if trainer is not None and not isinstance(trainer, NoTrainer):
+        resolved, unresolved = check_configs(folder, classes, trainer)
+        faults, warnings = [*faults, *resolved], [*warnings, *unresolved]
     return Checked((*faults, *found), tuple(warnings), annotations, len(classes.classes))
 
 
@@ -116,6 +123,14 @@ def _decoded(path: Path, wanted: type[Any]) -> Any:
 def _read_manifest(folder: Path) -> _Manifest | None:
     found: _Manifest | None = _decoded(folder / MANIFEST, _Manifest) if (folder / MANIFEST).exists() else None
     return found
+
+
+def _trainer_of(folder: Path, manifest: _Manifest) -> TrainerConfig:
+    named = manifest.finalize.get("finalize", {}).get("trainer", {"kind": "none"})
+    try:
+        return TypeAdapter[TrainerConfig](TrainerConfig).validate_python(named)
+    except ValidationError as error:
+        raise ConfigError(f"{folder / MANIFEST}: {' '.join(str(error).split())}; fetch the bundle again") from error
 
 
 # Files and classes
@@ -202,6 +217,71 @@ def check_categories(classes: ClassList, categories: Sequence[CocoCategory]) -> 
         yield f"{INSTANCES}: the categories are in another order, or have other ids, than in {CLASSES}" + (
             f": {_some(moved)}" if moved else ""
         )
+
+
+# Embeddings and configs
+
+
+def check_embeddings(folder: Path, classes: ClassList) -> Iterator[str]:
+    """Yield what is wrong with the embedding files that the bundle has."""
+    listed: Rows = _decoded(folder / EMBEDDING_ROWS, Rows) if (folder / EMBEDDING_ROWS).exists() else {}
+    names = [entry.name for entry in sorted(classes.classes, key=lambda entry: entry.category_id)]
+    widths = dict[str, int]()
+    for path in sorted(folder.glob("*_embeddings*.npy")):
+        try:
+            rows = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            yield f"{path.name}: cannot be read: {error}"
+            continue
+        if rows.ndim != 2 or rows.dtype != np.float16 or not rows.size:
+            yield f"{path.name}: {rows.dtype} of shape {rows.shape}, expected float16 with a row each"
+            continue
+        if not np.isfinite(rows).all():
+            yield f"{path.name}: has values that are not finite"
+        form = "attn12" if path.stem.endswith("attn12") else "plain"
+        if widths.setdefault(form, rows.shape[1]) != rows.shape[1]:
+            yield f"{path.name}: {rows.shape[1]} columns, the other file of that form has {widths[form]}"
+        if not path.name.startswith("class_"):
+            continue
+        if len(rows) != len(names):
+            yield f"{path.name}: {len(rows)} rows for {len(names)} classes"
+            continue
+        found = listed.get(path.name)
+        if found is None:
+            yield f"{path.name}: {EMBEDDING_ROWS} does not say which row is whose"
+        elif [name for name, _ in found] != names:
+            yield f"{path.name}: its rows are not in the order of the category ids"
+        elif wrong := [name for (name, sha256), row in zip(found, row_digests(path), strict=True) if sha256 != row]:
+            yield f"{path.name}: the rows of {_some(wrong)} are not those that were written for these names"
+    for name in sorted(listed.keys() - {path.name for path in folder.glob("*.npy")}):
+        yield f"{name}: missing; fetch the bundle again"
+
+
+def check_configs(
+    folder: Path, classes: ClassList, trainer: MmdetTrainer | BaronTrainer
+) -> tuple[list[str], list[str]]:
+    """Test what overlay and patched config come to.
+
+    Returns:
+        Faults, and what could not be tested here.
+    """
+    from mill_jobs.trainer.overlay import EMBEDDING_FILES
+    from mill_jobs.trainer.patch import OVERLAY, PATCHED
+    from mill_jobs.trainer.resolved import agreement, load_resolved
+
+    resolved, unread = {}, []
+    for name in (OVERLAY, PATCHED):
+        if (folder / name).exists():
+            try:
+                resolved[name] = load_resolved(folder / name)
+            except ConfigError as error:
+                unread.append(f"not tested here: {error}")
+    files = [name for name in EMBEDDING_FILES.values() if (folder / name).exists()]
+    faults = agreement(
+        resolved.get(OVERLAY), resolved.get(PATCHED), classes, trainer.targets, files=files,
+        classes_in_code=trainer.metainfo_file is not None,
+    )  # fmt: skip
+    return faults, unread
 
 
 # Annotations
