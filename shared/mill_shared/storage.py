@@ -5,7 +5,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ WRONG_FOR_EVER = frozenset(
     }
 )  # fmt: skip
 """Errors of a file system that no waiting mends; a full disk or a lost mount may come back."""
+WRONG_SOURCE = WRONG_FOR_EVER | {errno.ENOENT}
+"""The same for a file that is to be read and whose path a caller gave."""
 S3_MAY_PASS = frozenset(
     {"SlowDown", "RequestTimeout", "Throttling", "InternalError", "BadDigest", "IncompleteBody", "NoSuchUpload"}
 )
@@ -71,11 +73,14 @@ class Store(Protocol):
         ...
 
     def get_file(self, key: str, path: Path) -> None:
-        """Write an object to a file, which appears whole or not at all. Raises KeyMissing."""
+        """Write an object to a file, which appears whole or not at all. Raises KeyMissing.
+
+        A file that cannot be written is a ConfigError, on a full disk an OutsideError; both name the file.
+        """
         ...
 
     def put_file(self, key: str, path: Path) -> None:
-        """Write a file's content as an object, over an older one."""
+        """Write a file's content as an object, over an older one. A file that cannot be read is a ConfigError."""
         ...
 
     def exists(self, key: str) -> bool:
@@ -133,6 +138,7 @@ class LocalStore:
         self.url = str(root)
         self._root = root
         self._has_links = False
+        self._flushed: set[Path] = set()
 
     def path_of(self, key: str) -> Path:
         """Return the file of an object, to be read only."""
@@ -142,7 +148,7 @@ class LocalStore:
         """Return a folder on the same file system for unfinished files; it is made where it is missing."""
         folder = self._root / SCRATCH
         with self._failing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder(folder)
             if not self._has_links:
                 self._require_links(folder)
                 self._has_links = True
@@ -170,23 +176,25 @@ class LocalStore:
 
     def get_file(self, key: str, path: Path) -> None:
         """Copy an object to a file. Raises KeyMissing."""
-        with self._reading(key), self.path_of(key).open("rb") as source, _appearing(path) as target:
-            while block := source.read(READ_BYTES):
-                target.write(block)
+        with self._reading(key):
+            source = self.path_of(key).open("rb")
+        with self._failing(self.path_of(key)), source:
+            _write_whole(path, iter(partial(source.read, READ_BYTES), b""))
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a file's content; one in the scratch folder is linked instead of copied."""
         target = self.path_of(key)
         with self._failing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.scratch_folder() / uuid.uuid4().hex
             try:
-                if path.is_relative_to(self._root / SCRATCH):
-                    os.link(path, temporary)
-                else:
-                    with path.open("rb") as source, temporary.open("wb") as copy:
-                        while block := source.read(READ_BYTES):
-                            copy.write(block)
+                with _reading_source(path):
+                    if path.is_relative_to(self._root / SCRATCH):
+                        os.link(path, temporary)
+                    else:
+                        with path.open("rb") as source, temporary.open("wb") as copy:
+                            while block := source.read(READ_BYTES):
+                                copy.write(block)
+                self._make_folder(target.parent)
                 _flush(temporary)
                 temporary.replace(target)
                 _flush(target.parent)
@@ -249,6 +257,19 @@ class LocalStore:
             name.unlink(missing_ok=True)
             second.unlink(missing_ok=True)
 
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder of the store. No name on the way to it can be lost with the power.
+
+        The first time, also names that were there are flushed: another process may have made them a moment ago.
+        """
+        if folder in self._flushed and folder.is_dir():
+            return
+        names = [each for each in (folder, *folder.parents) if self._root in each.parents or not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            _flush(name.parent)
+        self._flushed.add(folder)
+
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[None]:
         try:
@@ -269,7 +290,7 @@ class LocalStore:
     def _written(self, key: str, data: bytes) -> Iterator[Path]:
         path = self.path_of(key)
         with self._failing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             temporary = self.scratch_folder() / uuid.uuid4().hex
             try:
                 temporary.write_bytes(data)
@@ -288,17 +309,47 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def _appearing(path: Path) -> "Iterator[Any]":
-    """Open a file that gets its name only when it is complete; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_whole(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file that gets its name only when it is complete; its folder is made where it is missing.
+
+    What the blocks raise passes through.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        OutsideError: not now, e.g. on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as stream:
-            yield stream
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = temporary.open("xb", buffering=0)
+    except OSError as error:
+        raise _local_error(path, error) from error
+    try:
+        with stream:
+            for block in blocks:
+                rest = memoryview(block)
+                try:
+                    while rest:
+                        rest = rest[stream.write(rest) :]
+                except OSError as error:
+                    raise _local_error(path, error) from error
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            raise _local_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _reading_source(path: Path) -> Iterator[None]:
+    """Tell a fault of the file that is read from all others, by the name that the error carries."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename) != str(path) or error.errno not in WRONG_SOURCE:
+            raise
+        raise ConfigError(f"{path}: {error.strerror}; name a file that this user may read") from error
 
 
 def _local_error(path: Path, error: OSError) -> ConfigError | OutsideError:
@@ -319,7 +370,10 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """Return an object. Raises KeyMissing."""
-        return bytes(self._call(key, lambda: self._client.get_object(**self._at(key))["Body"].read()))
+        return self._call(key, lambda: self._read(key))
+
+    def _read(self, key: str) -> bytes:
+        return bytes(self._client.get_object(**self._at(key))["Body"].read())
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object, over an older one."""
@@ -327,20 +381,27 @@ class S3Store:
 
     def put_new(self, key: str, data: bytes) -> None:
         """Write an object that is not there yet. Raises AlreadyExists."""
-        try:
-            self._call(key, lambda: self._client.put_object(**self._at(key), **self._body(data), IfNoneMatch="*"))
-        except AlreadyExists:
-            if self.get(key) != data:
-                raise
+
+        def write() -> None:
+            try:
+                self._once(key, lambda: self._client.put_object(**self._at(key), **self._body(data), IfNoneMatch="*"))
+            except AlreadyExists:
+                try:
+                    there = self._once(key, lambda: self._read(key))
+                except KeyMissing as error:
+                    raise OutsideError(f"{self._place(key)}: was there and is gone again") from error
+                if there != data:
+                    raise
+
+        self._call(key, write)
 
     def get_file(self, key: str, path: Path) -> None:
         """Write an object to a file. Raises KeyMissing."""
 
         def fetch() -> None:
-            with _appearing(path) as stream:
-                body = self._client.get_object(**self._at(key))["Body"]
-                for block in body.iter_chunks(READ_BYTES):
-                    stream.write(block)
+            body = self._client.get_object(**self._at(key))["Body"]
+            with contextlib.closing(body):
+                _write_whole(path, body.iter_chunks(READ_BYTES))
 
         self._call(key, fetch)
 
@@ -354,9 +415,12 @@ class S3Store:
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, preferred_transfer_client="classic"
         )
         at = self._at(key)
-        self._call(
-            key, lambda: self._client.upload_file(str(path), at["Bucket"], at["Key"], ExtraArgs=extra, Config=transfer)
-        )
+
+        def send() -> None:
+            with _reading_source(path):
+                self._client.upload_file(str(path), at["Bucket"], at["Key"], ExtraArgs=extra, Config=transfer)
+
+        self._call(key, send)
 
     def exists(self, key: str) -> bool:
         """Return whether there is such an object."""
@@ -399,6 +463,9 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + _checked(key)}
 
+    def _place(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
     def _body(self, data: bytes) -> dict[str, Any]:
         if self._config.request_checksum_calculation == "when_required":
             return {"Body": data}
@@ -421,7 +488,7 @@ class S3Store:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        place = f"s3://{self._bucket}/{self._prefix}{key}"
+        place = self._place(key)
         try:
             return action()
         except ClientError as error:

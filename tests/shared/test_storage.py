@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -200,6 +201,43 @@ def test_unsafe_prefixes_are_refused(store: Store, prefix_of_keys: str) -> None:
         list(store.list(prefix_of_keys))
 
 
+@pytest.mark.parametrize("name", ["folder", "file/below", "n" * 300])
+def test_a_target_that_cannot_be_written_is_named(store: Store, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    store.put("key", b"data")
+    with pytest.raises(ConfigError, match=f"^{tmp_path / name}: .*; choose a folder that this user may use$"):
+        store.get_file("key", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"folder", "file"}
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["absent", "folder", "file/below", "n" * 300])
+def test_a_source_that_cannot_be_read_is_named(store: Store, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=f"^{tmp_path / name}: .*; name a file that this user may read$"):
+        store.put_file("new folder/key", tmp_path / name)
+    assert list(store.list("")) == []
+
+
+def test_a_full_disk_is_outside_and_leaves_no_half_file(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "S3_TRIES", 1)
+    store.put("key", bytes(2**20))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))  # no test may fill a disk; this fails the same way
+    try:
+        with pytest.raises(OutsideError, match=f"^{tmp_path / 'got' / 'file'}: "):
+            store.get_file("key", tmp_path / "got" / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "got").iterdir()) == []
+    store.get_file("key", tmp_path / "got" / "file")
+    assert (tmp_path / "got" / "file").read_bytes() == bytes(2**20)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [("", "expected s3://bucket/prefix or a path"), ("s3://", "no bucket"), ("gs://bucket/x", "unknown kind of store")],
@@ -288,6 +326,37 @@ def test_an_unfinished_file_in_the_scratch_folder_can_become_an_object(folder: L
     unfinished.unlink()
     assert folder.get("final/merged.json") == b"merged"
     assert list(folder.scratch_folder().iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["put", "put_new", "put_file"])
+def test_an_object_and_each_new_folder_above_it_are_on_disk_before_the_write_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def recorded(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        flushed.append(str(path.relative_to(tmp_path)) if path.is_dir() else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    (tmp_path / "source").write_bytes(b"x")
+    content = tmp_path / "source" if write == "put_file" else b"x"
+
+    def flushes(store: LocalStore, key: str) -> list[str]:
+        flushed.clear()
+        getattr(store, write)(key, content)
+        return flushed
+
+    store = LocalStore(tmp_path / "new" / "store")
+    first = flushes(store, "run/chunks/1")
+    assert {".", "new", "new/store", "new/store/run"} <= set(first[:-2])
+    assert first[-2:] == ["file", "new/store/run/chunks"]
+    assert flushes(store, "run/chunks/2") == ["file", "new/store/run/chunks"]
+    # Another process may have made the folders and not yet have flushed them.
+    assert {"new/store", "new/store/run"} <= set(flushes(LocalStore(tmp_path / "new" / "store"), "run/chunks/3"))
+    assert set(flushes(store, "run/other/1")) == {"file", "new/store", "new/store/run", "new/store/run/other"}
 
 
 @pytest.mark.parametrize("write", ["put", "put_new"])
@@ -523,6 +592,31 @@ def test_a_lost_answer_does_not_hide_another_writer(flaky: Store, proxy: FaultyP
     with pytest.raises(AlreadyExists):
         flaky.put_new("plan.json", b"mine")
     assert bucket.get("plan.json") == b"theirs"
+
+
+def test_an_object_that_is_deleted_while_it_is_compared_is_written_again(
+    flaky: Store, proxy: FaultyProxy, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.faults = ["412 PreconditionFailed"]
+    flaky.put_new("plan.json", b"mine")
+    assert proxy.requests == ["PUT", "GET", "PUT"]
+    assert bucket.get("plan.json") == b"mine"
+    monkeypatch.setattr(storage, "S3_TRIES", 2)
+    proxy.faults = ["412 PreconditionFailed", ""] * 2
+    with pytest.raises(OutsideError, match=r"/other\.json: was there and is gone again"):
+        flaky.put_new("other.json", b"mine")
+    assert proxy.faults == []
+
+
+def test_faults_of_local_files_are_said_at_once(flaky: Store, proxy: FaultyProxy, tmp_path: Path) -> None:
+    flaky.put("key", b"data")
+    proxy.requests.clear()
+    with pytest.raises(ConfigError):
+        flaky.get_file("key", tmp_path)
+    assert proxy.requests == ["GET"]
+    with pytest.raises(ConfigError):
+        flaky.put_file("key", tmp_path / "absent")
+    assert proxy.requests == ["GET"]
 
 
 def test_half_an_answer_is_fetched_again(flaky: Store, proxy: FaultyProxy, tmp_path: Path) -> None:
