@@ -95,6 +95,7 @@ def plan(path: Path, assignments: tuple[str, ...], again: bool, reasons: tuple[s
 )
 @click.option("--one-by-one", is_flag=True, help="Work image by image; isolates an image that ends the process.")
 @click.option("--repair", is_flag=True, help="Label damaged chunks again and overwrite them.")
+@click.option("--first", type=click.IntRange(1), metavar="N", help="Only the chunks that hold the first N images.")
 @click.option("--with-parent", is_flag=True, hidden=True, help="End when the process that started this one ends.")
 def label(
     path: Path,
@@ -103,11 +104,12 @@ def label(
     shards: int | None,
     one_by_one: bool,
     repair: bool,
+    first: int | None,
     with_parent: bool,
 ) -> None:
     """Label one shard of the run: whatever of it is not committed yet."""
     from mill_jobs.label import Shard
-    from mill_jobs.run import label_shard
+    from mill_jobs.run import keep_failure, label_shard
 
     if shards is not None:
         index = os.environ.get("JOB_COMPLETION_INDEX")
@@ -119,7 +121,12 @@ def label(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     parent = os.getppid() if with_parent else None
-    label_shard(_config(path, assignments), part, one_by_one=one_by_one, repair=repair, parent=parent)
+    config = _config(path, assignments)
+    try:
+        label_shard(config, part, one_by_one=one_by_one, repair=repair, parent=parent, first=first)
+    except Exception as error:
+        keep_failure(config, part, error)
+        raise
 
 
 def _report(config: "RunConfig", digest: str) -> None:
@@ -419,6 +426,36 @@ def import_(layout: str, folder: Path, path: Path, assignments: tuple[str, ...],
         raise click.UsageError(f"files of {layout}, but recipe.name is {config.recipe.name}; correct one of them")
     images, missing = import_labels(config, folder, skip_broken=skip_broken)
     click.echo(f"{images} images imported, {missing} of the dataset are not in {folder}; finalize the run")
+
+
+@mill.command()
+@click.argument("target", metavar="URL|RUN.yaml")
+@click.option("--endpoint", help="With a URL: the S3-compatible server.  [default: AWS]")
+@click.option("--path-style", is_flag=True, help="With a URL: address the bucket as a path.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a check.")
+def probe(target: str, endpoint: str | None, path_style: bool, as_json: bool) -> None:
+    """Prove what a run needs of its bucket: create-once, a plain answer for an absent key, the same time of day.
+
+    Leaves two small objects under `.labelmill-probe/`.
+    """
+    import json
+    from dataclasses import asdict
+
+    from mill_jobs.bucket import probe_run, probe_url
+    from mill_shared.config import StorageConfig
+    from mill_shared.errors import ConfigError
+
+    if target.endswith((".yaml", ".yml")):
+        if endpoint is not None or path_style:
+            raise click.UsageError("--endpoint and --path-style go with a URL; a run file has its own `storage`")
+        checks = probe_run(_config(Path(target), ()))
+    else:
+        checks = probe_url(target, StorageConfig(endpoint=endpoint, path_style=path_style))
+    for check in checks:
+        click.echo(json.dumps(asdict(check)) if as_json else f"{'ok' if check.ok else 'PROBLEM'}  {check.text}")
+    bad = sum(not check.ok for check in checks)
+    if bad:
+        raise ConfigError(f"{target}: {bad} of {len(checks)} checks found a problem, listed above")
 
 
 @mill.command()

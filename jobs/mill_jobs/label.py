@@ -17,7 +17,7 @@ import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mill_jobs.config import RunConfig
-from mill_jobs.progress import WAITING, WORKING, HeartbeatWriter, new_heartbeat, read_heartbeat
+from mill_jobs.progress import HeartbeatWriter, new_heartbeat
 from mill_jobs.recipes.base import Labeller, Outcome, Sample
 from mill_shared.errors import (
     AlreadyExists,
@@ -31,6 +31,7 @@ from mill_shared.errors import (
     MillError,
     OutsideError,
 )
+from mill_shared.heartbeat import WAITING, WORKING, read_heartbeat
 from mill_shared.keys import RunKeys
 from mill_shared.pictures import Picture, decode_picture
 from mill_shared.plan import ImageRow, LabelPass, RunPlan, check_chunk_of, read_images
@@ -131,11 +132,12 @@ class LabelWorker:
     def __init__(
         self, config: RunConfig, plan: RunPlan, label_pass: LabelPass, shard: Shard, *, store: Store, images: Store,
         make_labeller: Callable[[], Labeller], one_by_one: bool = False, repair: bool = False,
-        parent: int | None = None,
+        parent: int | None = None, first: int | None = None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._pass, self._shard = config, plan, label_pass, shard
         self._store, self._images, self._make_labeller = store, images, make_labeller
         self._one_by_one, self._repair, self._parent = one_by_one, repair, parent
+        self._first = first
         self._keys = RunKeys(plan.run)
         self._failures_in_a_row = 0
         self._halvings = 0
@@ -153,6 +155,8 @@ class LabelWorker:
             ConfigError: wrong for every worker, while nothing is committed.
         """
         mine = self._shard.chunks(self._pass.chunks)
+        if self._first is not None:
+            mine = [chunk for chunk in mine if chunk * self._plan.chunk_size < self._first]
         done = self._done(mine)
         overwrite = self._damaged(done) if self._repair else frozenset()
         todo = [chunk for chunk in mine if chunk not in done or chunk in overwrite]

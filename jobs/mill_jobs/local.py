@@ -18,8 +18,8 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mill_jobs.progress import read_heartbeat
 from mill_shared.errors import ConfigError, CoverageError, ExitCode, MillError, OutsideError
+from mill_shared.heartbeat import read_heartbeat
 from mill_shared.keys import RunKeys
 from mill_shared.plan import RunPlan, read_passes
 from mill_shared.storage import LocalStore, Store

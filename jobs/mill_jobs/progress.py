@@ -4,73 +4,25 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import msgspec
 import structlog
 
-from mill_shared.errors import ExitCode, KeyMissing, MillError
+from mill_shared.errors import ExitCode, MillError
+from mill_shared.heartbeat import WAITING, WORKING, Heartbeat, read_heartbeats
 from mill_shared.keys import RunKeys
 from mill_shared.storage import Store
 
 log = structlog.get_logger()
 
-WORKING = "working"
-"""The state of a worker that did not say how it ended: alive, or dead."""
-WAITING = "waiting"
-"""The state of a worker for which something outside is unavailable."""
-
-
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """State of one shard's newest worker. Times are seconds since the epoch."""
-
-    pass_index: int
-    shard: int
-    shards: int
-    state: str
-    """`working`, `waiting` (something outside is unavailable), `done`, or `stopped: <reason>`."""
-    host: str
-    pid: int
-    started_at: float
-    updated_at: float
-    chunks: int
-    """Chunks of this shard."""
-    chunks_done: int
-    images: int
-    """Images of this shard."""
-    images_done: int
-    images_labelled: int
-    """Images that this worker labelled itself."""
-    failed: Mapping[str, int]
-    """Images that this worker found failed, by reason."""
-    chunk_in_hand: int | None = None
-    row_in_hand: int | None = None
-    """Only under --one-by-one."""
-    suspects: Mapping[int, int] = {}
-    """Row -> how many workers died with it alone in hand."""
-
-
-def read_heartbeat(store: Store, keys: RunKeys, pass_index: int, shard: int, shards: int) -> Heartbeat | None:
-    """Return the last heartbeat of a shard, or None where there is none that can be read."""
-    try:
-        return msgspec.json.decode(store.get(keys.heartbeat(pass_index, shard, shards)), type=Heartbeat)
-    except (KeyMissing, msgspec.DecodeError):
-        return None
-
 
 def active_heartbeats(store: Store, keys: RunKeys, *, now: float, fresh_s: float) -> list[Heartbeat]:
     """Return the heartbeats of workers that are at work: not ended, and heard of within `fresh_s` seconds."""
-    active = []
-    for entry in list(store.list(keys.progress)):
-        try:
-            beat = msgspec.json.decode(store.get(entry.key), type=Heartbeat)
-        except (KeyMissing, msgspec.DecodeError):
-            continue
-        if beat.state in (WORKING, WAITING) and now - beat.updated_at < fresh_s:
-            active.append(beat)
-    return active
+    beats = read_heartbeats(store, keys)
+    return [beat for beat in beats if beat.state in (WORKING, WAITING) and now - beat.updated_at < fresh_s]
 
 
 class HeartbeatWriter:

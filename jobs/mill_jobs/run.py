@@ -1,6 +1,9 @@
 """From a run file to a run: its store, its images, its plan, and the pass that labels the failed again."""
 
+import os
+import socket
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +13,10 @@ from mill_jobs.config import RunConfig
 from mill_jobs.label import LabelResult, LabelWorker, Shard
 from mill_jobs.progress import active_heartbeats
 from mill_jobs.recipes.choose import build_labeller
-from mill_shared.errors import AlreadyExists, ConfigError
+from mill_shared.errors import AlreadyExists, ConfigError, MillError
+from mill_shared.heartbeat import BEATS_BEFORE_SILENT
 from mill_shared.keys import RunKeys
+from mill_shared.logs import last_log_lines
 from mill_shared.plan import (
     ImageRow,
     RunPlan,
@@ -27,9 +32,6 @@ from mill_shared.plan import (
 from mill_shared.storage import Store, open_store
 
 log = structlog.get_logger()
-
-BEATS_BEFORE_SILENT = 6
-"""A worker that missed this many heartbeats no longer counts as at work."""
 
 
 def open_images(config: RunConfig) -> Store:
@@ -101,8 +103,9 @@ def open_run(config: RunConfig) -> tuple[Store, RunPlan]:
 
 
 def label_shard(
-    config: RunConfig, shard: Shard, *, one_by_one: bool = False, repair: bool = False, parent: int | None = None
-) -> LabelResult:
+    config: RunConfig, shard: Shard, *, one_by_one: bool = False, repair: bool = False, parent: int | None = None,
+    first: int | None = None,
+) -> LabelResult:  # fmt: skip
     """Label what is missing of one shard, in every pass of the run.
 
     Args:
@@ -111,6 +114,7 @@ def label_shard(
         one_by_one: work image by image, and fail the image that was in hand alone when a worker died.
         repair: label damaged chunks again and overwrite them.
         parent: process id whose end also ends this process.
+        first: only the chunks that hold the first so many images of a pass.
     """
     store, plan = plan_run(config)
     committed = images = 0
@@ -121,10 +125,25 @@ def label_shard(
         worker = LabelWorker(
             config, plan, label_pass, shard, store=store, images=open_images(config),
             make_labeller=lambda: build_labeller(config), one_by_one=one_by_one, repair=repair, parent=parent,
+            first=first,
         )  # fmt: skip
         done = worker.run()
         committed, images = committed + done.committed, images + done.images
     return LabelResult(committed, images)
+
+
+def keep_failure(config: RunConfig, shard: Shard, error: BaseException) -> None:
+    """Store how this process failed, as far as the store answers: its pod and the pod's log may be gone tomorrow."""
+    run = structlog.contextvars.get_contextvars().get("run") or config.run
+    if run is None:
+        return
+    text = "\n".join([*last_log_lines(), *traceback.format_exception(error)])
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    key = RunKeys(run).failure(shard.index, shard.count, f"{when}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        open_store(config.store, config.storage).put(key, text.encode(errors="backslashreplace"))
+    except MillError as failing:
+        log.warning("the end of the log is not in the store", error=str(failing))
 
 
 def plan_again(config: RunConfig, reasons: Sequence[str]) -> int:

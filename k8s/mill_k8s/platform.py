@@ -127,8 +127,8 @@ class PlatformConfig(Section):
     scratch: str = Field("10Gi", pattern=QUANTITY)
     """Size limit of `/tmp`, where finalize keeps its chunks: about 2 GiB for a million images."""
     credentials_secret: str | None = Field(None, pattern=NAME)
-    """Secret whose keys become the environment of every pod, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Better is
-    none, with annotations at the service accounts."""
+    """Secret whose keys become the environment of every pod, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Better
+    is none, with annotations at the service accounts."""
     ca_bundle: CaBundleConfig | None = None
     """Certificate authority of the bucket's server; default: those of the image."""
     env: tuple[dict[str, Any], ...] = ()

@@ -39,6 +39,10 @@ class RunKeys:
         """State of one shard's newest worker. Overwritten."""
         return f"{self.progress}pass-{pass_index}/{shard:05d}-of-{shards:05d}.json"
 
+    def failure(self, shard: int, shards: int, attempt: str) -> str:
+        """The last log lines of a worker that failed, by when and where it was."""
+        return f"{self.run}/failures/{shard:05d}-of-{shards:05d}/{attempt}.log"
+
     def blob(self, sha256: str) -> str:
         """A result that is not a row, by its content. Create-once."""
         return f"{self.run}/blobs/{sha256}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mill_jobs.config import read_config
-from mill_jobs.progress import read_heartbeat
 from mill_jobs.run import open_run
+from mill_shared.heartbeat import read_heartbeat
 from mill_shared.keys import RunKeys
 from mill_shared.records import decode_chunk
 from mill_shared.storage import LocalStore

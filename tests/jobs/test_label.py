@@ -6,9 +6,9 @@ import pytest
 
 from mill_jobs.config import RunConfig
 from mill_jobs.label import LabelResult, LabelWorker, Shard, map_to_original
-from mill_jobs.progress import Heartbeat, read_heartbeat
 from mill_jobs.recipes.base import Sample
 from mill_shared.errors import ConfigError, CoverageError, DeviceMemoryError, ImageError, OutsideError
+from mill_shared.heartbeat import Heartbeat, read_heartbeat
 from mill_shared.keys import RunKeys
 from mill_shared.plan import LabelPass, RunPlan
 from mill_shared.records import ImageRecord, decode_chunk
