@@ -31,7 +31,8 @@ class SamConfig(TorchConfig):
     checkpoint: Annotated[Path, Role.PLACEMENT]
     """State dict in the official format, e.g. sam_vit_h_4b8939.pth. Its SHA-256 goes into the label digest."""
     architecture: Literal["vit_h", "vit_l", "vit_b", "custom"] = "vit_h"
-    """`custom` reads the sizes from the JSON file of the same name beside the checkpoint."""
+    """`custom` reads the sizes from the JSON file of the same name beside the checkpoint. Its SHA-256 goes into the
+    label digest."""
 
 
 class MaskGeneratorSettings(Section):

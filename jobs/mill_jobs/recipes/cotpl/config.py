@@ -147,6 +147,8 @@ class CotplConfig(Section):
                 found["label.masks.truth"] = content_digest(Path(truth))
             case sam:
                 found["label.masks.checkpoint"] = content_digest(sam.checkpoint)
+                if sam.architecture == "custom":
+                    found["label.masks.sizes"] = content_digest(sam.checkpoint.with_suffix(".json"))
         match self.label.chat:
             case OracleChatConfig(truth=truth):
                 found["label.chat.truth"] = content_digest(Path(truth))
