@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import click
@@ -84,3 +86,22 @@ def test_every_make_target_is_listed_by_help() -> None:
     assert phony
     listed = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
     assert set(phony[1].split()) == listed
+
+
+def test_the_wheel_holds_the_packages_whole_and_nothing_else(tmp_path: Path) -> None:
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
+    (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = [ROOT / package for package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+    files = {
+        path.relative_to(package.parent).as_posix()
+        for package in packages
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == files
+    assert {f"mill_jobs/demo/models/{name}" for name in ("sam.pth", "sam.json", "chat/model.safetensors")} <= names
+    assert {name.partition("/")[0] for name in names} == {"mill_shared", "mill_jobs", "mill_k8s"}
+    assert not [name for name in names if re.search(r"(^|/)(tests?/|test_|conftest)", name)]
