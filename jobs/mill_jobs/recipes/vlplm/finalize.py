@@ -9,9 +9,9 @@ in its own order of images.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ from mill_shared.geometry import box_iou
 
 TRAINER_FILE = "pseudo_labels.json"
 SIDES = ("x0", "y0", "x1", "y1")
+FATES = ("low_score", "suppressed", "duplicate", "base_overlap", "kept")
+LOW_SCORE, SUPPRESSED, DUPLICATE, BASE_OVERLAP, KEPT = range(5)
 
 _LABELS: dict[str, pa.DataType] = {
     "row": pa.int64(), "rank": pa.int64(), "image_id": pa.int64(), **{side: pa.float64() for side in SIDES},
@@ -66,9 +68,8 @@ def finalize(config: VlplmConfig, table: RecordTable, base: CocoBase | None, out
     """
     con, settings = table.connection, config.finalize
     classes = make_classes(base, config.target_names)
-    ids = {entry.name: entry.category_id for entry in classes.classes}
     load_scores(table, classes, config.target_names)
-    settled = Settled(con, settings, ids, base)
+    settled = Settled(con, settings, base)
     with out.create("instances.json") as stream:
         labels = settled.write(out.path("regions.parquet"))
         if base is not None and base.file is not None:
@@ -78,13 +79,15 @@ def finalize(config: VlplmConfig, table: RecordTable, base: CocoBase | None, out
         else:
             known = () if base is None else base.categories
             write_coco(stream, listed_images(con), labels, [*known, *classes.new_categories])
-    classes = make_classes(base, config.target_names, settled.written)
+    written = settled.written()
+    by_name = {entry.name: written.get(entry.category_id, (0, 0)) for entry in classes.classes}
+    classes = make_classes(base, config.target_names, by_name)
     for name, text in (("classes.json", classes.to_json()), ("weights.json", make_weights(classes).to_json())):
         with out.create(name) as stream:
             stream.write(text)
     write_trainer_file(con, settings, classes, base, out)
     if settings.score_files:
-        write_score_files(con, ids, out)
+        write_score_files(con, out)
     return summarize(config, table, base, settled, classes)
 
 
@@ -101,25 +104,25 @@ def load_scores(table: RecordTable, classes: ClassList, targets: Sequence[str]) 
     table.open_records()
     names = pa.table(
         {
-            "category_id": pa.array([entry.category_id for entry in classes.classes], pa.int64()),
+            "known_id": pa.array([entry.category_id for entry in classes.classes], pa.int64()),
             "known": pa.array([entry.name for entry in classes.classes], pa.string()),
         }
     )
-    con.register("known_categories", names)
+    con.register("known_classes", names)
     con.execute(
         "create temp table scored as select row, image_id, region, x0, y0, x1, y1, clip, objectness, position, whole, "
-        "distractor_mass, category_id, label, coalesce(label, known) as name from ("
+        "distractor_mass, label, known as name, coalesce(known_id, nested.category_id) as category_id from ("
         "select row, image_id, place - 1 as region, r.x0 as x0, r.y0 as y0, r.x1 as x1, r.y1 as y1, r.score as clip, "
         "r.label as label, r.evidence.objectness as objectness, r.evidence.position as position, "
         "r.evidence.whole as whole, r.evidence.distractor_mass as distractor_mass, "
         "r.evidence.category_id as category_id from (select row, image_id, unnest(regions) as r, "
-        "generate_subscripts(regions, 1) as place from records)) left join known_categories using (category_id) "
-        "order by row, region"
+        "generate_subscripts(regions, 1) as place from records)) nested left join known_classes "
+        "on nested.label = known or (nested.label is null and nested.category_id = known_id) order by row, region"
     )
-    con.unregister("known_categories")
+    con.unregister("known_classes")
     foreign = con.execute(
-        "select category_id, name, count(*) from scored where name is null or not list_contains(?, name) "
-        "group by all order by all",
+        "select category_id, coalesce(name, label), count(*) from scored "
+        "where name is null or not list_contains(?, name) group by all order by all",
         [list(targets)],
     ).fetchall()
     if foreign:
@@ -133,23 +136,15 @@ def load_scores(table: RecordTable, classes: ClassList, targets: Sequence[str]) 
 # Fates, settled batch by batch
 
 
-@dataclass
 class Settled:
     """Settles the fate of every proposal, once."""
 
-    con: duckdb.DuckDBPyConnection
-    settings: VlplmFinalizeConfig
-    ids: Mapping[str, int]
-    """Name -> category id."""
-    base: CocoBase | None
-
-    def __post_init__(self) -> None:
-        self.written: dict[str, tuple[int, int]] = {}
-        """Name -> (labels, images with one)."""
+    def __init__(self, con: duckdb.DuckDBPyConnection, settings: VlplmFinalizeConfig, base: CocoBase | None) -> None:
         self.fates: Counter[str] = Counter()
-        self._file = None if self.base is None else self.base.file
+        self._con, self._settings, self._base = con, settings, base
+        self._file = None if base is None else base.file
         self._base_boxes = (
-            None if self._file is None or self.settings.base_overlap_iou is None else _BaseBoxes.of(self.base)
+            None if base is None or self._file is None or settings.base_overlap_iou is None else _BaseBoxes.of(base)
         )
 
     def write(self, path: Path) -> Iterator[bytes]:
@@ -158,51 +153,55 @@ class Settled:
         Raises:
             InvariantError: a label lies on an image that the base file does not list.
         """
-        next_id = first_annotation_id(self.base)
-        labels = []
-        with pq.ParquetWriter(path, REGIONS_SCHEMA, compression="zstd") as writer:
-            for batch in _whole_images(read_batches(self.con, "select * from scored order by row, region")):
+        next_id = first_annotation_id(self._base)
+        labels = [pa.schema(_LABELS).empty_table()]
+        with (
+            pq.ParquetWriter(path, REGIONS_SCHEMA, compression="zstd", write_statistics=False) as writer,
+            ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+        ):
+            for batch in _whole_images(read_batches(self._con, "select * from scored")):
                 fates, ranks, confidence = self.settle(batch)
-                kept = np.flatnonzero(fates == "kept")
+                kept = np.flatnonzero(fates == KEPT)
                 self._require_listed(batch["image_id"].to_numpy()[kept])
-                regions = self._regions(batch, fates, confidence, kept, next_id)
-                writer.write_table(regions)
+                regions = _regions(batch, fates, confidence, kept, next_id)
+                written = pool.submit(writer.write_table, regions)
                 labels.append(self._labels(batch, kept, ranks, confidence))
-                yield annotation_texts(regions.filter(pa.array(fates == "kept")))
+                yield annotation_texts(regions.take(kept))
                 next_id += len(kept)
-                self._count(batch, kept)
-                self.fates.update(fates.tolist())
-        self.con.register("labels", pa.concat_tables(labels) if labels else pa.schema(_LABELS).empty_table())
+                self.fates.update(dict(zip(FATES, np.bincount(fates, minlength=len(FATES)).tolist(), strict=True)))
+                written.result()
+        self._con.register("labels", pa.concat_tables(labels))
 
-    def settle(self, batch: pa.Table) -> tuple[NDArray[np.str_], NDArray[np.int64], NDArray[np.float64]]:
-        """Return (fate, place among the labels of its image, score) of the proposals of whole images."""
-        settings = self.settings
+    def written(self) -> dict[int, tuple[int, int]]:
+        """Return category id -> (labels, images with one)."""
+        query = "select category_id, count(*), count(distinct row) from labels group by category_id"
+        return {category_id: (boxes, images) for category_id, boxes, images in self._con.execute(query).fetchall()}
+
+    def settle(self, batch: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Return (index of the fate, place among the labels of its image, score) of the proposals of whole images."""
+        settings = self._settings
         boxes = np.stack([batch[side].to_numpy() for side in SIDES], axis=1)
-        confidence = fuse(batch["objectness"].to_numpy(), batch["clip"].to_numpy(), settings.weight)
-        categories = self._categories(batch)
-        rows, image_ids = batch["row"].to_numpy(), batch["image_id"].to_numpy()
-        fates = np.full(len(batch), "low_score", dtype="<U12")
-        ranks = np.zeros(len(batch), np.int64)
-        sure = np.flatnonzero(confidence > settings.least_score)
-        for _, group in groupby(sure.tolist(), key=lambda index: int(rows[index])):
-            members = np.array(list(group), np.int64)
-            fates[members] = "suppressed"
-            best = members[suppress(boxes[members], confidence[members], categories[members], settings.nms_iou)]
-            if settings.duplicate_iou is not None:
-                fates[best] = "duplicate"
-                same = np.zeros(len(best), np.int64)
-                best = best[suppress(boxes[best], confidence[best], same, settings.duplicate_iou)]
-            fates[best] = "kept"
-            if self._base_boxes is not None and settings.base_overlap_iou is not None:
-                overlap = self._base_boxes.overlap(int(image_ids[members[0]]), boxes[best])
-                fates[best[overlap >= settings.base_overlap_iou]] = "base_overlap"
-                best = best[overlap < settings.base_overlap_iou]
-            ranks[best] = np.arange(len(best))
-        return fates, ranks, np.minimum(confidence, settings.max_confidence)
-
-    def _categories(self, batch: pa.Table) -> NDArray[np.int64]:
-        names: list[Any] = batch["name"].to_pylist()
-        return np.array([self.ids[name] for name in names], np.int64)
+        scores = fuse(batch["objectness"].to_numpy(), batch["clip"].to_numpy(), settings.weight)
+        rows = batch["row"].to_numpy()
+        fates, ranks = np.full(len(batch), LOW_SCORE), np.zeros(len(batch), np.int64)
+        left = np.flatnonzero(scores > settings.least_score)
+        categories = batch["category_id"].to_numpy()[left]
+        _, groups = np.unique(np.stack([rows[left], categories], axis=1), axis=0, return_inverse=True)
+        stands = suppress(boxes[left], scores[left], groups.reshape(-1), settings.nms_iou)
+        fates[left[~stands]] = SUPPRESSED
+        left = left[stands]
+        if settings.duplicate_iou is not None:
+            stands = suppress(boxes[left], scores[left], rows[left], settings.duplicate_iou)
+            fates[left[~stands]] = DUPLICATE
+            left = left[stands]
+        if self._base_boxes is not None and settings.base_overlap_iou is not None:
+            overlaps = self._base_boxes.overlaps(batch["image_id"].to_numpy()[left], boxes[left])
+            fates[left[overlaps >= settings.base_overlap_iou]] = BASE_OVERLAP
+            left = left[overlaps < settings.base_overlap_iou]
+        fates[left] = KEPT
+        order = left[np.lexsort((-scores[left], rows[left]))]
+        ranks[order] = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
+        return fates, ranks, np.minimum(scores, settings.max_confidence)
 
     def _require_listed(self, image_ids: NDArray[np.int64]) -> None:
         if self._file is None:
@@ -214,41 +213,32 @@ class Settled:
                 f"{named(unknown.tolist())}; is it the base file of this dataset?"
             )
 
-    def _regions(
-        self, batch: pa.Table, fates: NDArray[np.str_], confidence: NDArray[np.float64], kept: NDArray[np.int64],
-        next_id: int,
-    ) -> pa.Table:  # fmt: skip
-        ids = np.zeros(len(batch), np.int64)
-        ids[kept] = next_id + np.arange(len(kept))
-        lost = fates != "kept"
-        columns: dict[str, Any] = {name: batch[name] for name in ("row", "image_id", "region", "label", "name", *SIDES)}
-        columns |= {
-            "score": confidence,
-            "fate": pa.array(fates.tolist(), pa.string()),
-            "reason": pa.nulls(len(batch), pa.string()),
-            "category_id": pa.array(self._categories(batch), mask=lost),
-            "annotation_id": pa.array(ids, mask=lost),
-        }
-        return pa.table({name: columns[name] for name in REGIONS_SCHEMA.names}).cast(REGIONS_SCHEMA)
-
     def _labels(
         self, batch: pa.Table, kept: NDArray[np.int64], ranks: NDArray[np.int64], confidence: NDArray[np.float64]
     ) -> pa.Table:
         own = batch.take(kept)
-        columns: dict[str, Any] = {name: own[name] for name in ("row", "image_id", *SIDES, "objectness")}
+        columns: dict[str, Any] = {name: own[name] for name in _LABELS if name in own.column_names}
         columns["rank"], columns["confidence"] = ranks[kept], confidence[kept]
-        columns["clip"] = np.minimum(own["clip"].to_numpy(), self.settings.max_confidence)
-        columns["category_id"] = self._categories(own)
+        columns["clip"] = np.minimum(own["clip"].to_numpy(), self._settings.max_confidence)
         return pa.table({name: columns[name] for name in _LABELS}).cast(pa.schema(_LABELS))
 
-    def _count(self, batch: pa.Table, kept: NDArray[np.int64]) -> None:
-        names = batch["name"].to_pylist()
-        pairs = [(names[index], row) for index, row in zip(kept, batch["row"].to_numpy()[kept], strict=True)]
-        for counted, place in ((pairs, 0), (set(pairs), 1)):
-            for name, _ in counted:
-                found = list(self.written.get(name, (0, 0)))
-                found[place] += 1
-                self.written[name] = (found[0], found[1])
+
+def _regions(
+    batch: pa.Table, fates: NDArray[np.int64], confidence: NDArray[np.float64], kept: NDArray[np.int64], next_id: int
+) -> pa.Table:
+    """Return rows of regions.parquet."""
+    ids = np.zeros(len(batch), np.int64)
+    ids[kept] = next_id + np.arange(len(kept))
+    lost = fates != KEPT
+    columns: dict[str, Any] = {name: batch[name] for name in ("row", "image_id", "region", "label", "name", *SIDES)}
+    columns |= {
+        "score": confidence,
+        "fate": pa.DictionaryArray.from_arrays(fates, pa.array(FATES)).cast(pa.string()),
+        "reason": pa.nulls(len(batch), pa.string()),
+        "category_id": pa.array(batch["category_id"].to_numpy(), mask=lost),
+        "annotation_id": pa.array(ids, mask=lost),
+    }
+    return pa.table({name: columns[name] for name in REGIONS_SCHEMA.names}).cast(REGIONS_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -260,19 +250,20 @@ class _BaseBoxes:
     crowd: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, base: CocoBase | None) -> "_BaseBoxes":
-        assert base is not None, "only a file has boxes"
+    def of(cls, base: CocoBase) -> "_BaseBoxes":
         assert base.file is not None, "only a file has boxes"
         use = np.flatnonzero(base.kept() & ~np.isnan(base.file.boxes_xyxy[:, 0]))
         use = use[np.argsort(base.file.image_of[use], kind="stable")]
         return cls(base.file.image_of[use], base.file.boxes_xyxy[use], base.file.crowd[use])
 
-    def overlap(self, image_id: int, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the greatest overlap of each box with a base box of the image."""
-        first, last = np.searchsorted(self.image_of, (image_id, image_id + 1))
-        found: NDArray[np.float64] = box_iou(boxes_xyxy, self.boxes_xyxy[first:last], self.crowd[first:last]).max(
-            axis=1, initial=0
-        )
+    def overlaps(self, image_ids: NDArray[np.int64], boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the greatest overlap of each box with a base box of its image."""
+        found = np.zeros(len(boxes_xyxy))
+        for image_id in np.unique(image_ids).tolist():
+            mine = image_ids == image_id
+            first, last = np.searchsorted(self.image_of, (image_id, image_id + 1))
+            overlaps = box_iou(boxes_xyxy[mine], self.boxes_xyxy[first:last], self.crowd[first:last])
+            found[mine] = overlaps.max(axis=1, initial=0)
         return found
 
 
@@ -346,7 +337,7 @@ def write_trainer_file(
             stream.write(text.encode())
 
 
-def write_score_files(con: duckdb.DuckDBPyConnection, ids: Mapping[str, int], out: FinalWriter) -> None:
+def write_score_files(con: duckdb.DuckDBPyConnection, out: FinalWriter) -> None:
     """Write every score as the original's stage-1 files. Source: specs/vlplm.md 2.1 and 2.2."""
     listed = con.execute("select row, image_id from images where status <> 'failed' order by image_id").fetchall()
     names = file_names(len(listed))
@@ -354,12 +345,12 @@ def write_score_files(con: duckdb.DuckDBPyConnection, ids: Mapping[str, int], ou
         some = listed[start : start + IMAGES_A_FILE]
         lines: dict[int, list[ScoreLine]] = {row: [] for row, _ in some}
         found = con.execute(
-            "select row, x0, y0, x1, y1, whole, objectness, clip, name from scored "
+            "select row, x0, y0, x1, y1, whole, objectness, clip, category_id from scored "
             "where list_contains(?, row) order by row, region",
             [list(lines)],
         ).fetchall()
-        for row, x0, y0, x1, y1, whole, objectness, clip, name in found:
-            lines[row].append(ScoreLine((x0, y0, x1, y1), whole or 0, objectness, clip, ids[name]))
+        for row, x0, y0, x1, y1, whole, objectness, clip, category_id in found:
+            lines[row].append(ScoreLine((x0, y0, x1, y1), whole or 0, objectness, clip, category_id))
         with out.create(names[start]) as stream:
             stream.write(write_score_file([(image_id, lines[row]) for row, image_id in some]))
 
