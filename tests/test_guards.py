@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 from mill_jobs.cli import mill
 from mill_jobs.config import RunConfig
@@ -89,8 +90,7 @@ def test_every_make_target_is_listed_by_help() -> None:
 
 
 def test_the_wheel_holds_the_packages_whole_and_nothing_else(tmp_path: Path) -> None:
-    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
-    (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(wheel) as opened:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
