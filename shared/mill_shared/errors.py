@@ -40,6 +40,8 @@ class ExitCode(IntEnum):
     """The bundle would break a rule that the trainer depends on."""
     CORRUPT = 82
     """Stored data is missing or does not match its digest."""
+    PENDING = 83
+    """Pods of a run could not start for too long. Only `millctl` says it; what the pods wait for is in its message."""
     INTERRUPTED = 143
     """SIGTERM. Never counts as a failure."""
 
