@@ -198,7 +198,6 @@ def test_the_commands_do_the_whole_run(tmp_path: Path, models: Path) -> None:
     path = run_file(tmp_path, models)
     ended = mill("local", path, "--workers", 1, "--truth", SAMPLE / "instances.json")
     assert ended.returncode == 0, ended.stderr
-    assert mill("verify", path).returncode == 0
     other = mill("finalize", path, "--set", "recipe.finalize={profile: marvelovd, threshold: 0.07}")
     assert other.returncode == 0, other.stderr
     assert len(list((tmp_path / "store" / "scored" / "final").glob("*/manifest.json"))) == 2
