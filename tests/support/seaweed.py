@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, started, stopped and started again on the same ports."""
+"""A real S3 server for tests: SeaweedFS on an address of this machine, started and stopped at will, ports kept."""
 
 import os
 import shutil
@@ -35,8 +35,8 @@ def _free_ports(count: int) -> list[int]:
 class SeaweedFS:
     """The server and its data folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._folder, self._host = folder, host
         self.process: subprocess.Popen[bytes] | None = None
         self._choose_ports()
         try:
@@ -52,15 +52,15 @@ class SeaweedFS:
             "admin.grpc",
         )  # fmt: skip
         self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
-        self.endpoint = f"http://127.0.0.1:{self._ports['s3']}"
+        self.endpoint = f"http://{self._host}:{self._ports['s3']}"
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
         weed = shutil.which("weed") or str(Path(sys.executable).parent / "weed")
         ports = self._ports
         command = [
-            weed, "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={ports['s3']}",
-            f"-s3.port.grpc={ports['s3.grpc']}", f"-master.port={ports['master']}",
+            weed, "mini", f"-dir={self._folder}", f"-ip={self._host}", f"-ip.bind={self._host}",
+            f"-s3.port={ports['s3']}", f"-s3.port.grpc={ports['s3.grpc']}", f"-master.port={ports['master']}",
             f"-master.port.grpc={ports['master.grpc']}", f"-filer.port={ports['filer']}",
             f"-filer.port.grpc={ports['filer.grpc']}", f"-volume.port={ports['volume']}",
             f"-volume.port.grpc={ports['volume.grpc']}", f"-admin.port={ports['admin']}",
