@@ -90,14 +90,32 @@ def read_config(path: Path, assignments: tuple[str, ...] = ()) -> RunConfig:
         ConfigError: unreadable, not YAML, or a field is missing, unknown or out of range; all faults in one line.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path}: {' '.join(str(error).split())}") from error
+    return parse_config(text, f"run file {path}", assignments)
+
+
+def parse_config(text: str, where: str, assignments: tuple[str, ...] = ()) -> RunConfig:
+    """Read the text of a run file.
+
+    Args:
+        text: YAML.
+        where: it comes from, for messages.
+        assignments: `path=value` one-off changes, values as YAML.
+
+    Raises:
+        ConfigError: not YAML, or a field is missing, unknown or out of range; all faults in one line.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"run file {path}: expected a mapping of sections, got {type(tree).__name__}")
+        raise ConfigError(f"{where}: expected a mapping of sections, got {type(tree).__name__}")
     for assignment in assignments:
         _set(tree, assignment)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"run file {path}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {_explain(error)}") from error

@@ -23,6 +23,8 @@ TIMEOUT_S = (10.0, 60.0)
 """Seconds to connect, and without an answer."""
 LOG_TIMEOUT_S = (10.0, 3600.0)
 PAGE = 500
+CONNECTIONS = 128
+"""Logs that can be followed at the same time."""
 FIELD_MANAGER = "millctl"
 MESSAGE_CHARS = 500
 
@@ -84,13 +86,14 @@ class Cluster:
         """
         settings = client.Configuration()
         settings.retries = False
+        settings.connection_pool_maxsize = CONNECTIONS
         own = Path(TOKEN_FOLDER) / "namespace"
         try:
             if context is None and own.is_file():
-                config.load_incluster_config(client_configuration=settings)
+                config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
                 return cls(client.ApiClient(settings), namespace or own.read_text().strip())
-            config.load_kube_config(context=context, client_configuration=settings)
-            contexts, active = config.list_kube_config_contexts()
+            config.load_kube_config(context=context, client_configuration=settings)  # type: ignore[no-untyped-call]
+            contexts, active = config.list_kube_config_contexts()  # type: ignore[no-untyped-call]
         except (config.ConfigException, OSError, TypeError) as error:
             raise ConfigError(f"no cluster: {_one_line(error)}; set KUBECONFIG, or name another --context") from error
         named = active if context is None else next(item for item in contexts if item["name"] == context)

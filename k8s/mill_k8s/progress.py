@@ -132,7 +132,7 @@ class Job(msgspec.Struct, frozen=True, rename="camel"):
     @property
     def is_live(self) -> bool:
         """Whether it may still do something."""
-        return self.end is None and self.metadata.deletion_timestamp is None
+        return self.state in ("active", "suspended") and self.metadata.deletion_timestamp is None
 
 
 JobState = Literal["complete", "failed", "cancelled", "suspended", "active"]
