@@ -459,6 +459,22 @@ def probe(target: str, endpoint: str | None, path_style: bool, as_json: bool) ->
 
 
 @mill.command()
+@click.argument("spec", metavar="SPEC.yaml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--to", "folder", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to fill.")
+def prefetch(spec: Path, folder: Path) -> None:
+    """Fill a folder with the weights that SPEC.yaml names, check every digest, and write the marker READY last.
+
+    HF_ENDPOINT and HF_TOKEN say where hub:// is and who asks.
+    """
+    from mill_jobs.prefetch import HUB, READY, Hub, read_spec
+    from mill_jobs.prefetch import prefetch as fetch
+
+    hub = Hub(os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), os.environ.get("HF_TOKEN"))
+    done = fetch(read_spec(spec), folder, hub)
+    click.echo(f"{folder}: {'complete' if done else 'was complete'}, {READY} is written")
+
+
+@mill.command()
 @click.option(
     "--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-run"), show_default=True
 )
