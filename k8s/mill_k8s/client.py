@@ -320,8 +320,9 @@ class Cluster:
     def _error(self, what: str, error: ApiException, *, exists: bool) -> Exception:
         status, text = error.status or 0, _message(error)
         if status == 404 or (status == 400 and "waiting to start" in text):
-            namespace_missing = "namespaces" in text and "not found" in text
-            return ConfigError(f"{what}: no namespace {self.namespace}") if namespace_missing else _MissingError(what)
+            if text.startswith("namespaces "):
+                return ConfigError(f"{what}: no namespace {self.namespace}; kubectl create namespace {self.namespace}")
+            return _MissingError(what)
         if status == 409 and exists and "already exists" in text:
             return _ExistsError(what)
         if status == 401:

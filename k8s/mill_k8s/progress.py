@@ -503,7 +503,7 @@ def _advice(run: str, state: str, attempt: Attempt, faults: Mapping[str, int]) -
         case "incomplete":
             return f"a final was made of what there is; mend the cause above, then millctl rerun {run}"
         case "cancelled":
-            return "nothing is lost; millctl submit RUN.yaml --shards N goes on"
+            return f"nothing is lost; millctl submit RUN.yaml --shards N goes on, millctl rerun {run} too"
         case "labelled":
             return f"millctl finalize {run}"
     if faults or attempt.label is not None:
