@@ -75,7 +75,7 @@ def status(cluster: Cluster, run: str) -> dict[str, Any]:
 def test_twelve_shards_give_the_bytes_of_one_machine(cluster: Cluster, reference: dict[str, bytes]) -> None:
     path = cluster.write_run("twelve")
     ended = cluster.run(
-        "make", "--no-print-directory", "submit", f"RUN={path}", f"SHARDS={SHARDS}", f"NAMESPACE={cluster.namespace}"
+        "make", "--no-print-directory", "submit", f"FILE={path}", f"SHARDS={SHARDS}", f"ARGS=-n {cluster.namespace}"
     )
     assert ended.code == 0, ended.err
     again = cluster.millctl("submit", path, "--shards", SHARDS)

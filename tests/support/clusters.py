@@ -63,7 +63,8 @@ class Cluster:
 
     def millctl(self, *arguments: object, timeout_s: float = 600) -> Ended:
         """Run millctl in the namespace."""
-        return self.run("millctl", "--namespace", self.namespace, *arguments, timeout_s=timeout_s)
+        command, *rest = arguments
+        return self.run("millctl", command, "--namespace", self.namespace, *rest, timeout_s=timeout_s)
 
     def write_run(self, run: str, **changes: object) -> Path:
         """Write a run file of the demo's models over the scenes in the bucket; dotted names change one field."""
@@ -119,11 +120,12 @@ class Cluster:
 
 def helm_install(cluster: Cluster, settings: Mapping[str, object], run_text: str) -> None:
     """Install the chart, as the README says."""
-    values = {"platform": settings, "run": yaml.safe_load(run_text)}
+    run = {key: value for key, value in yaml.safe_load(run_text).items() if key != "run"}
+    values = {"platform": settings, "run": run, "prefetch": {"weights": []}}
     path = cluster.folder / "values.yaml"
     path.write_text(yaml.safe_dump(values))
     ended = cluster.run(
-        "helm", "install", "labelmill", ROOT / "helm" / "labelmill", "-n", cluster.namespace, "-f", path, "--wait"
+        "helm", "install", "labelmill", ROOT / "helm" / "labelmill", "-n", cluster.namespace, "-f", path
     )
     assert ended.code == 0, ended.err
 
