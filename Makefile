@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 UV := .uv/bin/uv
 IN_ENV := $(UV) run --frozen --all-extras
 
-.PHONY: help setup demo test test-soak test-browser check format bench docs retrain images chart clean submit status logs rerun wait cancel doctor
+.PHONY: help setup demo test test-soak test-browser check format bench docs retrain images chart clean submit status logs rerun wait cancel doctor e2e
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ chart: setup ## Generate the chart's values, schema and table anew, and lint it
 retrain: setup ## Train the demo's tiny models anew (about two hours on two cores)
 	@$(IN_ENV) python -m mill_jobs.demo.train_sam
 	@$(IN_ENV) python -m mill_jobs.demo.train_chat
+
+e2e: setup ## Run the cluster tests: KUBECONFIG= E2E_HOST= (see tests/e2e/conftest.py)
+	@$(IN_ENV) pytest -q -m cluster
 
 # On a cluster, by KUBECONFIG. RUN=id names a run, FILE=run.yaml a run file; ARGS takes whatever else millctl knows.
 submit: setup ## Start a run on the cluster: SHARDS=12 [FILE=run.yaml] [ARGS=...]

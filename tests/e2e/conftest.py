@@ -2,8 +2,8 @@
 
 KUBECONFIG        any cluster of Kubernetes 1.33 or newer with the images below on its nodes
 E2E_HOST          address of this machine as the pods see it; the S3 server listens there
-E2E_WORKER        image of the workers; default localhost/labelmill/worker:e2e
-E2E_CONTROL       image without torch; default localhost/labelmill/control:e2e
+E2E_WORKER        image of the workers; default localhost/labelmill-worker:e2e
+E2E_CONTROL       image without torch; default localhost/labelmill-control:e2e
 E2E_GPU           name of the GPU resource; default nvidia.com/gpu
 E2E_KUBELET_PID   process id of the node's kubelet, where it may be stopped; default: that test is left out
 """

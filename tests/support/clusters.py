@@ -135,8 +135,8 @@ def platform_settings(**changes: object) -> dict[str, object]:
     small = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
     return {
         "images": {
-            "worker": os.environ.get("E2E_WORKER", "localhost/labelmill/worker:e2e"),
-            "control": os.environ.get("E2E_CONTROL", "localhost/labelmill/control:e2e"),
+            "worker": os.environ.get("E2E_WORKER", "localhost/labelmill-worker:e2e"),
+            "control": os.environ.get("E2E_CONTROL", "localhost/labelmill-control:e2e"),
             "pull_policy": "Never",
         },
         "gpu": {"resource": os.environ.get("E2E_GPU", "nvidia.com/gpu"), "count": 1},
