@@ -360,16 +360,25 @@ def last_words(pod: Pod) -> str | None:
         return _one_line(f"{pod.status.reason}: {pod.status.message}").strip(": ") or "ended without a word"
     if ended.reason == "OOMKilled":
         return "OOMKilled: above its memory limit; raise platform.worker.limits.memory"
-    for line in reversed(ended.message.splitlines()):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("level") in ("error", "critical"):
-            return _one_line(f"exit {ended.exit_code}: {entry.get('event', '')}")
     lines = ended.message.strip().splitlines()
-    tail = lines[-1] if lines else ended.reason or pod.status.reason or "no message"
-    return _one_line(f"exit {ended.exit_code}: {tail}")
+    entries = [_event(line) for line in lines]
+    for level, event in reversed(entries):
+        if level in ("error", "critical"):
+            return _one_line(f"exit {ended.exit_code}: {event}")
+    if not entries:
+        return _one_line(f"exit {ended.exit_code}: {ended.reason or pod.status.reason or 'no message'}")
+    level, event = entries[-1]
+    # Of a line that is no error the event alone, without its time and chunk: equal deaths are counted together.
+    return _one_line(f"exit {ended.exit_code}" + (f", the last it said: {event}" if level else f": {event}"))
+
+
+def _event(line: str) -> tuple[str, str]:
+    """Return level and event of a log line; of one that is not ours no level and the line."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return "", line
+    return (str(entry.get("level", "")), str(entry.get("event", ""))) if isinstance(entry, dict) else ("", line)
 
 
 def faults_of(pods: Iterable[Pod]) -> dict[str, int]:
@@ -396,17 +405,21 @@ def summarise(
     done = sum(newest[shard].images_done if shard in newest else listed.get(shard, 0) for shard in range(shards))
     failed: Counter[str] = Counter()
     states: Counter[str] = Counter()
-    rate = 0.0
+    working, labelled, worked_s = 0, 0, 0.0
     for beat in newest.values():
         failed.update(beat.failed)
         at_work = beat.state in (WORKING, WAITING)
         silent = at_work and now - beat.updated_at > BEATS_BEFORE_SILENT * heartbeat_s
         states["silent" if silent else beat.state] += 1
-        if at_work and not silent:
-            rate += beat.images_labelled / max(beat.updated_at - beat.started_at, 1.0)
+        working += at_work and not silent
+        if beat.images_labelled:
+            labelled += beat.images_labelled
+            worked_s += max(beat.updated_at - beat.started_at, 1.0)
     if len(newest) < shards:
         states["not started"] += shards - len(newest)
     left = max(images - done, 0)
+    # Those at work now, each as fast as all were on average: a shard that has just begun has no speed of its own yet.
+    rate = working * labelled / worked_s if labelled else 0.0
     return Progress(
         label_pass=label_pass, images=images, done=done, failed=dict(failed.most_common()), images_per_s=round(rate, 3),
         left_s=round(left / rate) if rate > 0 else None, shards=dict(states.most_common()),
@@ -496,8 +509,10 @@ def _advice(run: str, state: str, attempt: Attempt, faults: Mapping[str, int]) -
     match state:
         case "queued":
             return f"the queue decides; kubectl get workloads, or millctl cancel {run}"
-        case "starting" | "labelling" | "finalizing":
+        case "starting" | "labelling":
             return f"{logs} --follow"
+        case "finalizing":
+            return f"{logs} --finalize --follow"
         case "finished":
             return "mill fetch RUN.yaml --to DIR"
         case "incomplete":

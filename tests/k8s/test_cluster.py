@@ -122,6 +122,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pytest.skip("KUBECONFIG names no cluster")
     made = Place(f"millctl-{uuid.uuid4().hex[:8]}", tmp_path_factory.mktemp("runs"))
     yield made
+    # Jobs first: a namespace that takes its Jobs along leaves pods with their finalizer, and hangs.
+    for job in made.get("jobs"):
+        made.cluster.delete_job(job["metadata"]["name"])
+    eventually(lambda: not made.get("pods"))
     made.core.delete_namespace(made.name, _preload_content=False)
 
 
@@ -251,7 +255,12 @@ def test_the_default_run_needs_no_run_file(place: Place) -> None:
 
 def test_pods_that_cannot_start_say_why_and_end_the_wait_with_a_code_of_its_own(place: Place) -> None:
     run_file = place.run_file("noimage")
-    message = place.fault("submit", run_file, "--shards", "1", "--wait", "--pending-minutes", "0.1", code=83)
+    assert place.millctl("submit", run_file, "--shards", "1").returncode == 0
+    selector = "labelmill/run=noimage,app.kubernetes.io/component=label"
+    eventually(
+        lambda: "localhost/none/worker:1" in json.dumps([pod["status"] for pod in place.get("pods", "", selector)])
+    )
+    message = place.fault("wait", "noimage", "--pending-minutes", "0.01", code=83)
     assert "Pending for" in message
     assert "localhost/none/worker:1" in message
     found = json.loads(place.millctl("status", "noimage", "-o", "json").stdout)

@@ -125,6 +125,16 @@ def test_heartbeats_add_up_and_a_shard_without_one_counts_by_its_chunks() -> Non
     assert found.shards == {"working": 1, "done": 1, "not started": 1}
 
 
+def test_a_shard_that_has_just_begun_is_expected_to_be_as_fast_as_the_others() -> None:
+    beats = [
+        beat(0, state="done", images_done=100, images_labelled=100),
+        beat(1, images_done=0, images_labelled=0, started_at=999.0),
+        beat(2, images_done=0, images_labelled=0, started_at=999.0),
+    ]
+    found = summarise(beats, label_pass=0, shards=3, images=300, listed={}, now=1000.0, heartbeat_s=15)
+    assert (found.images_per_s, found.left_s) == (2.0, 100)
+
+
 def test_a_worker_that_says_nothing_for_long_is_silent_and_adds_no_speed() -> None:
     beats = [beat(0, shards=1)]
     silent = summarise(beats, label_pass=0, shards=1, images=100, listed={}, now=1091.0, heartbeat_s=15)
@@ -183,6 +193,7 @@ LINE = json.dumps({"level": "error", "event": "s3://no-bucket: no such bucket: n
         ),
         ((137, "OOMKilled", ""), "OOMKilled: above its memory limit; raise platform.worker.limits.memory"),
         ((137, "Error", "Killed"), "exit 137: Killed"),
+        ((137, "Error", '{"event": "shard", "level": "info"}\n'), "exit 137, the last it said: shard"),
         ((139, "Error", ""), "exit 139: Error"),
     ],
 )
