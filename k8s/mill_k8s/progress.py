@@ -558,7 +558,9 @@ def status_lines(status: RunStatus) -> list[str]:
                 f"            as of {duration(status.progress_age_s)} ago: the finalize pod says nothing newer"
             )
     elif status.state in ("labelling", "starting"):
-        lines.append("  images    not known yet: the finalize pod, which counts them, has not said anything")
+        lines.append(
+            "  images    not known: the finalize pod, which counts them, has not begun, or its node does not answer"
+        )
     if status.shards is not None:
         counts = status.shards
         parts = [("done", counts.done), ("running", counts.running), ("pending", counts.pending),

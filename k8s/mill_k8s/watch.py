@@ -1,5 +1,6 @@
 """Looking at runs from outside, with the Kubernetes API alone: status, logs, and waiting for the end."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -64,7 +65,9 @@ def _read(cluster: Cluster, run: str, attempt: Attempt, now: datetime | None, st
     line = None
     for pod in sorted(pods, key=_age, reverse=True):
         if _kind(pod) == "finalize" and line is None:
-            line = last_status_line(cluster.log(pod.metadata.name, "finalize", tail=LOG_TAIL))
+            # A log comes from the pod's node, which may be gone while the API answers; all else is still worth showing.
+            with contextlib.suppress(ClusterError):
+                line = last_status_line(cluster.log(pod.metadata.name, "finalize", tail=LOG_TAIL))
     return run_status(run, attempt, pods, line, now or datetime.now(UTC), stuck_after_s=stuck_after_s)
 
 
