@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mill_jobs.config import RunConfig
+    from mill_jobs.finalize import Finalized
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -156,11 +157,16 @@ def finalize(path: Path, assignments: tuple[str, ...], with_report: bool) -> Non
     from mill_jobs.finalize import finalize_run
     from mill_jobs.run import open_run
     from mill_jobs.tables import print_final
+    from mill_shared.patience import wait_out
 
     config = _config(path, assignments)
-    store, made = open_run(config)
-    final = finalize_run(config, made, store)
-    print_final(_console(), final, store.url)
+
+    def work() -> "tuple[Finalized, str]":
+        store, made = open_run(config)
+        return finalize_run(config, made, store), store.url
+
+    final, url = wait_out(work, "the store", limit_s=config.limits.outside_wait_s)
+    print_final(_console(), final, url)
     if with_report:
         _report(config, final.digest)
 

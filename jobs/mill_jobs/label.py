@@ -6,7 +6,6 @@ process ends for a retry and loses the chunk in hand at most.
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from functools import partial
 from typing import Self, TypeVar
 
 import structlog
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from mill_jobs.config import RunConfig
 from mill_jobs.progress import HeartbeatWriter, new_heartbeat
@@ -24,7 +22,6 @@ from mill_shared.errors import (
     ConfigError,
     CorruptError,
     CoverageError,
-    DeviceLostError,
     DeviceMemoryError,
     ImageError,
     KeyMissing,
@@ -33,6 +30,7 @@ from mill_shared.errors import (
 )
 from mill_shared.heartbeat import WAITING, WORKING, read_heartbeat
 from mill_shared.keys import RunKeys
+from mill_shared.patience import wait_out
 from mill_shared.pictures import Picture, decode_picture
 from mill_shared.plan import ImageRow, LabelPass, RunPlan, check_chunk_of, read_images
 from mill_shared.records import ChunkMeta, ImageRecord, encode_chunk
@@ -375,22 +373,9 @@ class LabelWorker:
     def _wait_out(self, action: Callable[[], T], what: str) -> T:
         """Call until it no longer says that something outside is unavailable, for at most `limits.outside_wait_s`."""
 
-        def say(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            pause_s = round(state.next_action.sleep, 1) if state.next_action else 0
-            log.warning("waiting", what=what, error=str(error), pause_s=pause_s)
-            self._beat(state=WAITING)
-
-        for attempt in Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, OutsideError) and not isinstance(e, DeviceLostError)),
-            stop=stop_after_delay(self._config.limits.outside_wait_s),
-            wait=wait_random_exponential(multiplier=1, max=60),
-            before_sleep=say,
-            sleep=time.sleep,
-            reraise=True,
-        ):
-            with attempt:
-                found = action()
+        found = wait_out(
+            action, what, limit_s=self._config.limits.outside_wait_s, on_wait=lambda: self._beat(state=WAITING)
+        )
         if self._heart is not None and self._heart.beat.state == WAITING:
             self._beat(state=WORKING)
         return found

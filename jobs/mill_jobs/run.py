@@ -17,8 +17,10 @@ from mill_shared.errors import AlreadyExists, ConfigError, MillError
 from mill_shared.heartbeat import BEATS_BEFORE_SILENT
 from mill_shared.keys import RunKeys
 from mill_shared.logs import last_log_lines
+from mill_shared.patience import wait_out
 from mill_shared.plan import (
     ImageRow,
+    LabelPass,
     RunPlan,
     build_plan,
     compare_identity,
@@ -116,9 +118,14 @@ def label_shard(
         parent: process id whose end also ends this process.
         first: only the chunks that hold the first so many images of a pass.
     """
-    store, plan = plan_run(config)
+
+    def prepare() -> tuple[Store, RunPlan, list[LabelPass]]:
+        store, plan = plan_run(config)
+        return store, plan, read_passes(store, plan)
+
+    store, plan, passes = wait_out(prepare, "the store", limit_s=config.limits.outside_wait_s)
     committed = images = 0
-    for label_pass in read_passes(store, plan):
+    for label_pass in passes:
         structlog.contextvars.bind_contextvars(
             run=plan.run, shard=f"{shard.index}/{shard.count}", label_pass=label_pass.index
         )

@@ -80,6 +80,19 @@ def test_the_bucket_gone_for_a_while_costs_nothing_but_time(server: SeaweedFS, t
     assert "45 of 45 images recorded" in verified.stdout
 
 
+def test_workers_and_finalize_that_start_during_an_outage_wait_too(server: SeaweedFS, tmp_path: Path) -> None:
+    path = write_run(tmp_path, name="early", images=4, store=f"s3://{BUCKET}/runs", storage=server.storage)
+    for command in (["label"], ["finalize", "--no-report"]):
+        server.kill()
+        waiting = start_mill(*command, path)
+        assert waiting.stderr is not None
+        while '"waiting"' not in (line := waiting.stderr.readline()):
+            assert line, "it ended"
+        server.start()
+        ended = waiting.wait_for(120)
+        assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize(
     ("store", "environment", "message"),
     [
