@@ -8,7 +8,7 @@ IN_ENV := $(UV) run --frozen --all-extras
 .PHONY: help setup demo test test-soak test-browser check format bench docs retrain images chart clean submit status logs rerun wait cancel doctor e2e
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(UV):
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11; install a newer one"; exit 1; }

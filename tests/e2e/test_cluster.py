@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import yaml
 
 from clusters import CHUNK, SCENES, Cluster, platform_settings
 from mill_shared.errors import ExitCode
+from seaweed import BUCKET
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -228,6 +230,66 @@ def test_cancel_then_another_number_of_shards_completes_the_run(cluster: Cluster
     ended = cluster.millctl("submit", path, "--shards", 6, "--wait")
     assert ended.code == 0, ended.err
     assert dict(cluster.final(run)) == reference
+
+
+def test_the_label_job_may_vanish_while_finalize_waits(cluster: Cluster) -> None:
+    run = "vanished"
+    assert cluster.millctl("submit", cluster.write_run(run), "--shards", 2).code == 0
+    cluster.wait_for("a chunk", lambda: bool(cluster.keys(f"{run}/pass-0/chunks/")))
+    cluster.kubectl("delete", "job", f"{run}-label-1", "--cascade=foreground")
+    ended = cluster.millctl("wait", run)
+    assert ended.code == ExitCode.COVERAGE, ended.out + ended.err
+    said = cluster.kubectl("logs", f"job/{run}-finalize-1")
+    assert "have no record" in said, "finalize says what is missing"
+    assert not cluster.keys(f"{run}/final/refs/")
+
+
+def test_an_image_that_cannot_be_read_fails_alone_and_is_labelled_when_it_is_mended(
+    cluster: Cluster, reference: dict[str, bytes]
+) -> None:
+    run, client = "mended", cluster.server.client()
+    key = min(item["Key"] for item in client.list_objects_v2(Bucket=BUCKET, Prefix="scenes/")["Contents"])
+    whole = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    client.put_object(Bucket=BUCKET, Key=key, Body=whole[: len(whole) // 3])
+    try:
+        refused = cluster.millctl("submit", cluster.write_run(run), "--shards", 4, "--wait")
+        assert refused.code == ExitCode.COVERAGE, refused.out + refused.err
+        assert "truncated" in refused.out + refused.err, "the reason is named"
+    finally:
+        client.put_object(Bucket=BUCKET, Key=key, Body=whole)
+    again = cluster.millctl("rerun", run, "--failed", "--shards", 1, "--wait")
+    assert again.code == 0, again.out + again.err
+    mended, expected = cluster.final(run), reference
+    assert mended["instances.json"] == expected["instances.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gpu": {"resource": "example.com/gpu", "count": 1}}, "example.com/gpu"),
+        ({"credentials_secret": "nobody-made-it"}, "nobody-made-it"),
+        ({"service_accounts": {"worker": "nobody"}}, "nobody"),
+    ],
+    ids=["gpu", "secret", "account"],
+)
+def test_what_the_cluster_lacks_is_said_before_a_gpu_is_rented(
+    cluster: Cluster, change: dict[str, object], said: str
+) -> None:
+    before = cluster.kubectl("get", "configmap", "labelmill-platform", "-o", "jsonpath={.data.platform\\.yaml}")
+    settings = {**yaml.safe_load(before), **change}
+
+    def patch(text: str) -> None:
+        body = json.dumps({"data": {"platform.yaml": text}})
+        cluster.kubectl("patch", "configmap", "labelmill-platform", "--type=merge", "-p", body)
+
+    patch(json.dumps(settings))
+    try:
+        ended = cluster.millctl("submit", cluster.write_run("lacking"), "--shards", 2)
+    finally:
+        patch(before)
+    assert ended.code == ExitCode.CONFIG, ended.out + ended.err
+    assert said in ended.err
+    assert not cluster.objects("jobs", "labelmill/run=lacking")
 
 
 # Rights
