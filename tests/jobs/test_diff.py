@@ -9,7 +9,7 @@ from mill_jobs.diff import BoxDiff, ClassDiff, Diff, diff_finals
 from mill_jobs.final import fetch_final
 from mill_jobs.finalize import finalize_run
 from mill_jobs.recipes.cotpl.config import CotplConfig
-from mill_jobs.recipes.cotpl.finalize import REGIONS_SCHEMA
+from mill_jobs.recipes.settled import REGIONS_SCHEMA
 from mill_jobs.trainer.classes import ClassEntry, ClassList
 from oracle_run import OracleRun
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mill_shared.coco import CocoBase, CocoFile, CocoImage
+from mill_shared.errors import InvariantError
 
 BATCH_ROWS = 16_384
 NAMED = 5
@@ -22,13 +23,22 @@ _COLUMNS: dict[str, pa.DataType] = {
 }  # fmt: skip
 REGIONS_SCHEMA = pa.schema(_COLUMNS)
 """regions.parquet: every region that was asked about, by row and region (its place in the record). `label` is the raw
-answer, `name` what it means; the two ids are set for what is kept."""
+answer, `name` what it means, where that is known; the two ids are set for what is kept."""
 
 
 def read_batches(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
-    """Yield the rows of a query in tables of about BATCH_ROWS."""
+    """Yield the rows of a query in tables of BATCH_ROWS, the last one smaller."""
+    waiting: list[pa.Table] = []
+    rows = 0
     for batch in con.sql(query).to_arrow_reader(BATCH_ROWS):
-        yield pa.Table.from_batches([batch])
+        waiting.append(pa.Table.from_batches([batch]))
+        rows += batch.num_rows
+        while rows >= BATCH_ROWS:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, BATCH_ROWS)
+            waiting, rows = [whole.slice(BATCH_ROWS)], rows - BATCH_ROWS
+    if rows:
+        yield pa.concat_tables(waiting)
 
 
 def listed_images(con: duckdb.DuckDBPyConnection) -> Iterator[CocoImage]:
@@ -48,11 +58,29 @@ def image_places(file: CocoFile, image_ids: NDArray[np.int64]) -> NDArray[np.int
     return found
 
 
-def first_annotation_id(base: CocoBase | None) -> int:
+def require_listed(file: CocoFile, unlisted_ids: NDArray[np.int64]) -> None:
+    """Refuse labels on images that the base file does not list.
+
+    Args:
+        file: the base file.
+        unlisted_ids: ids of images that have labels and no place in it, each any number of times.
+
+    Raises:
+        InvariantError: there is one.
+    """
+    unknown = np.unique(unlisted_ids)
+    if len(unknown):
+        raise InvariantError(
+            f"{file.path}: does not list {len(unknown)} images that have pseudo-labels, e.g. "
+            f"{named(unknown.tolist())}; is it the base file of this dataset?"
+        )
+
+
+def first_annotation_id(file: CocoFile | None) -> int:
     """Return the id of the first pseudo-label: behind all ids of the base file, and recognisably ours."""
-    if base is None or base.file is None:
+    if file is None:
         return 1
-    return max(FIRST_ANNOTATION_ID, int(base.file.ids.max(initial=0)) + 1)
+    return max(FIRST_ANNOTATION_ID, int(file.ids.max(initial=0)) + 1)
 
 
 def annotations_left_out(base: CocoBase) -> dict[str, int]:

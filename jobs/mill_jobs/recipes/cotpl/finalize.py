@@ -27,29 +27,25 @@ from mill_jobs.recipes.base import ClassRow, FinalWriter, RecordTable, Step, Sum
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig, SelectionConfig
 from mill_jobs.recipes.cotpl.legacy import write_legacy
 from mill_jobs.recipes.cotpl.names import COTPL_64, exclusions, normalise_names
+from mill_jobs.recipes.settled import (
+    REGIONS_SCHEMA,
+    annotations_left_out,
+    first_annotation_id,
+    image_places,
+    listed_images,
+    named,
+    read_batches,
+    require_listed,
+)
 from mill_jobs.trainer.classes import ClassList, make_classes, make_weights
-from mill_shared.coco import CocoBase, CocoCopy, CocoFile, CocoImage, annotations_per_class, write_coco
-from mill_shared.errors import ConfigError, InvariantError
+from mill_shared.coco import CocoBase, CocoCopy, CocoFile, annotations_per_class, write_coco
+from mill_shared.errors import ConfigError
 from mill_shared.geometry import Rle, decode_mask, encode_masks, mask_areas
 
 pc: Any = pyarrow.compute
 """Untyped: its stubs refuse plain values as arguments, which its documentation offers."""
 
-FIRST_ANNOTATION_ID = 909_000_554_146
-"""Least id of a pseudo-label beside a base file. Source: specs/cotpl.md 2.3."""
-BATCH_ROWS = 16_384
-NAMED = 5
-"""How many images or classes a message names."""
-
-_COLUMNS: dict[str, pa.DataType] = {
-    "row": pa.int64(), "image_id": pa.int64(), "region": pa.int64(), "label": pa.string(), "name": pa.string(),
-    "x0": pa.float64(), "y0": pa.float64(), "x1": pa.float64(), "y1": pa.float64(), "score": pa.float64(),
-    "fate": pa.string(), "reason": pa.string(), "category_id": pa.int64(), "annotation_id": pa.int64(),
-}  # fmt: skip
-REGIONS_SCHEMA = pa.schema(_COLUMNS)
-"""regions.parquet: every region that was asked about, by row and region (its place in the record). `label` is the raw
-answer; `name` is set for the foreground only, the two ids for what is kept."""
-MEANINGS_SCHEMA = pa.schema({name: _COLUMNS[name] for name in ("label", "name", "fate", "reason", "category_id")})
+MEANINGS_SCHEMA = pa.schema([REGIONS_SCHEMA.field(name) for name in ("label", "name", "fate", "reason", "category_id")])
 """What each raw label of the foreground comes to."""
 
 
@@ -108,7 +104,7 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
             copy.finish(annotations, classes.new_categories)
         else:
             known = () if base is None else base.categories
-            write_coco(stream, _listed_images(con), annotations, [*known, *classes.new_categories])
+            write_coco(stream, listed_images(con), annotations, [*known, *classes.new_categories])
     classes = make_classes(base, selection.names, _read_written(con, out))
     for name, text in (("classes.json", classes.to_json()), ("weights.json", make_weights(classes).to_json())):
         with out.create(name) as stream:
@@ -120,21 +116,6 @@ def finalize(config: CotplFinalizeConfig, table: RecordTable, base: CocoBase | N
 
 
 # From records to a row a region
-
-
-def read_batches(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
-    """Yield the rows of a query in tables of BATCH_ROWS, the last one smaller."""
-    waiting: list[pa.Table] = []
-    rows = 0
-    for batch in con.sql(query).to_arrow_reader(BATCH_ROWS):
-        waiting.append(pa.Table.from_batches([batch]))
-        rows += batch.num_rows
-        while rows >= BATCH_ROWS:
-            whole = pa.concat_tables(waiting)
-            yield whole.slice(0, BATCH_ROWS)
-            waiting, rows = [whole.slice(BATCH_ROWS)], rows - BATCH_ROWS
-    if rows:
-        yield pa.concat_tables(waiting)
 
 
 def load_regions(table: RecordTable, *, masks: bool, float_boxes: bool) -> None:
@@ -320,10 +301,7 @@ class Batches:
         Raises:
             InvariantError: a region to be written lies on an image that the base file does not list.
         """
-        next_id = 1
-        if self.base_file is not None:
-            next_id = max(FIRST_ANNOTATION_ID, int(self.base_file.ids.max(initial=0)) + 1)
-        place = 0
+        next_id, place = first_annotation_id(self.base_file), 0
         for batch in read_batches(self.con, "select * from asked"):
             first, last = np.searchsorted(self.duplicates, (place, place + len(batch)))
             settled = self._settle(batch, self.duplicates[first:last] - place)
@@ -362,28 +340,13 @@ class Batches:
         width, height = (pc.fill_null(batch[side], 0).to_numpy() for side in ("width", "height"))
         if self.base_file is not None:
             at = image_places(self.base_file, batch["image_id"].to_numpy())
-            unknown = np.unique(batch["image_id"].to_numpy()[kept & (at < 0)])
-            if len(unknown):
-                some = ", ".join(str(image_id) for image_id in unknown[:NAMED])
-                raise InvariantError(
-                    f"{self.base_file.path}: does not list {len(unknown)} images that have pseudo-labels, e.g. {some}; "
-                    "is it the base file of this dataset?"
-                )
+            require_listed(self.base_file, batch["image_id"].to_numpy()[kept & (at < 0)])
             sizes = np.append(self.base_file.image_sizes, [[0, 0]], axis=0)[at]
             width, height = np.where(width > 0, width, sizes[:, 0]), np.where(height > 0, height, sizes[:, 1])
         limits = [np.where(side > 0, side, np.inf) for side in (width, height)]
         x0, x1 = (np.round(np.clip(side, 0, limits[0]), 2) for side in (x0, x1))
         y0, y1 = (np.round(np.clip(side, 0, limits[1]), 2) for side in (y0, y1))
         return x0, y0, np.round(x1 - x0, 2), np.round(y1 - y0, 2)
-
-
-def image_places(file: CocoFile, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where the file lists each image; -1 for what it does not list."""
-    order = np.argsort(file.image_ids, kind="stable")
-    at = np.searchsorted(file.image_ids, image_ids, sorter=order)
-    places = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros(len(image_ids), np.int64)
-    found: NDArray[np.int64] = np.where(file.image_ids[places] == image_ids if len(order) else False, places, -1)
-    return found
 
 
 def _is_kept(batch: pa.Table) -> NDArray[np.bool_]:
@@ -401,14 +364,6 @@ def write_regions(batches: Batches, path: Path, pool: ThreadPoolExecutor) -> Ite
             written = pool.submit(writer.write_table, batch.select(REGIONS_SCHEMA.names).cast(REGIONS_SCHEMA))
             yield annotation_texts(batch.filter(pa.array(_is_kept(batch))), reference=batches.reference)
             written.result()
-
-
-def _listed_images(con: duckdb.DuckDBPyConnection) -> Iterator[CocoImage]:
-    """Yield the images that were decoded, or have labels from elsewhere."""
-    query = "select image_id, key, width, height from images where width is not null or status <> 'failed'"
-    for batch in read_batches(con, query):
-        for values in zip(*(batch[name].to_pylist() for name in batch.column_names), strict=True):
-            yield CocoImage(*values)
 
 
 def annotation_texts(kept: pa.Table, *, reference: bool) -> bytes:
@@ -568,7 +523,7 @@ def _notes(
     yield f"classes: {selection.rule}; {len(selection.names)} selected, {len(classes.extras)} of them new"
     idle = [entry.name for entry in classes.classes if entry.name in selection.names and not entry.boxes]
     if idle:
-        yield f"{len(idle)} selected classes have no pseudo-label: {_named(idle)}"
+        yield f"{len(idle)} selected classes have no pseudo-label: {named(idle)}"
     sizes = con.sql("select image_id, width, height from images where width is not null").to_arrow_table()
     if base is None or base.file is None:
         unsized = _count(con, "select status, null, count(*) from images where width is null group by all order by all")
@@ -592,24 +547,10 @@ def _notes(
     ours = np.stack([sizes[side].to_numpy()[at >= 0] for side in ("width", "height")], axis=1)
     differ = ((theirs > 0) & (theirs != ours)).any(axis=1)
     if differ.any():
-        some = _named([str(image_id) for image_id in sizes["image_id"].to_numpy()[at >= 0][differ]])
+        some = named(sizes["image_id"].to_numpy()[at >= 0][differ].tolist())
         yield (
             f"{int(differ.sum())} images have another size than the base file says (turned by EXIF?), so their base "
             f"boxes may lie elsewhere: {some}"
         )
     if config.profile == "reference" and (at < 0).any():
         yield f"{int((at < 0).sum())} labelled images are not in the base file; accepted as in the original"
-
-
-def annotations_left_out(base: CocoBase) -> dict[str, int]:
-    """Return class -> annotations of the base file that are not of a base class, the most first."""
-    assert base.file is not None, "only a file has annotations"
-    names = {category.id: category.name for category in base.categories}
-    ids, counts = np.unique_counts(base.file.category_of[~base.kept()])
-    found = {names.get(id_, f"category {id_}"): n for id_, n in zip(ids.tolist(), counts.tolist(), strict=True)}
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

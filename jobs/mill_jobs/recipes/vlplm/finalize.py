@@ -30,6 +30,7 @@ from mill_jobs.recipes.settled import (
     listed_images,
     named,
     read_batches,
+    require_listed,
 )
 from mill_jobs.recipes.vlplm.config import VlplmConfig, VlplmFinalizeConfig
 from mill_jobs.recipes.vlplm.legacy import (
@@ -45,7 +46,7 @@ from mill_jobs.recipes.vlplm.legacy import (
 from mill_jobs.recipes.vlplm.scores import fuse, suppress
 from mill_jobs.trainer.classes import ClassList, make_classes, make_weights
 from mill_shared.coco import CocoBase, CocoCopy, write_coco
-from mill_shared.errors import ConfigError, InvariantError
+from mill_shared.errors import ConfigError
 from mill_shared.geometry import box_iou
 
 TRAINER_FILE = "pseudo_labels.json"
@@ -153,7 +154,7 @@ class Settled:
         Raises:
             InvariantError: a label lies on an image that the base file does not list.
         """
-        next_id = first_annotation_id(self._base)
+        next_id = first_annotation_id(self._file)
         labels = [pa.schema(_LABELS).empty_table()]
         with (
             pq.ParquetWriter(path, REGIONS_SCHEMA, compression="zstd", write_statistics=False) as writer,
@@ -162,7 +163,9 @@ class Settled:
             for batch in _whole_images(read_batches(self._con, "select * from scored")):
                 fates, ranks, confidence = self.settle(batch)
                 kept = np.flatnonzero(fates == KEPT)
-                self._require_listed(batch["image_id"].to_numpy()[kept])
+                if self._file is not None:
+                    image_ids = batch["image_id"].to_numpy()[kept]
+                    require_listed(self._file, image_ids[image_places(self._file, image_ids) < 0])
                 regions = _regions(batch, fates, confidence, kept, next_id)
                 written = pool.submit(writer.write_table, regions)
                 labels.append(self._labels(batch, kept, ranks, confidence))
@@ -202,16 +205,6 @@ class Settled:
         order = left[np.lexsort((-scores[left], rows[left]))]
         ranks[order] = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
         return fates, ranks, np.minimum(scores, settings.max_confidence)
-
-    def _require_listed(self, image_ids: NDArray[np.int64]) -> None:
-        if self._file is None:
-            return
-        unknown = np.unique(image_ids[image_places(self._file, image_ids) < 0])
-        if len(unknown):
-            raise InvariantError(
-                f"{self._file.path}: does not list {len(unknown)} images that have pseudo-labels, e.g. "
-                f"{named(unknown.tolist())}; is it the base file of this dataset?"
-            )
 
     def _labels(
         self, batch: pa.Table, kept: NDArray[np.int64], ranks: NDArray[np.int64], confidence: NDArray[np.float64]

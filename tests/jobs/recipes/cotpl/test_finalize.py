@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import mill_jobs.recipes.cotpl.finalize as finalize_module
+import mill_jobs.recipes.settled as settled_module
 from labelled import COCO_CATEGORIES, finalize_records
 from mill_jobs.recipes.base import Summary
 from mill_jobs.recipes.cotpl.config import CotplFinalizeConfig
@@ -457,7 +457,7 @@ def test_every_region_ends_with_one_fate_and_all_numbers_add_up(
         for path in sorted((folder / "a").iterdir()):
             assert path.read_bytes() == (folder / name / path.name).read_bytes(), path.name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finalize_module, "BATCH_ROWS", 2)
+        patch.setattr(settled_module, "BATCH_ROWS", 2)
         assert finalize_records(records, config, base, folder / "d", images=images) == summary
     for path in sorted((folder / "a").iterdir()):
         if path.suffix != ".parquet":
