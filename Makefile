@@ -20,8 +20,8 @@ $(UV):
 setup: $(UV) ## Install uv and the locked environment into this folder
 	@$(UV) sync --frozen --all-extras --quiet
 
-demo: setup ## Label about 100 toy scenes with the shipped tiny models and show what came out
-	@$(IN_ENV) mill demo
+demo: setup ## Label about 100 toy scenes with the shipped tiny models and show what came out; RECIPE=vlplm for the other recipe
+	@$(IN_ENV) mill demo --recipe $(or $(RECIPE),cotpl)
 
 test: setup ## Run the tests
 	@$(IN_ENV) pytest -q -n 2
@@ -72,9 +72,11 @@ chart: setup ## Generate the chart's values, schema and table anew, and lint it
 	@for file in helm/labelmill/ci/*-values.yaml; do \
 		$(IN_ENV) helm lint --quiet --strict helm/labelmill --kube-version 1.33.0 -f "$$file" || exit 1; done
 
-retrain: setup ## Train the demo's tiny models anew (about two hours on two cores)
-	@$(IN_ENV) python -m mill_jobs.demo.train_sam
+retrain: setup ## Train the demo's tiny models anew (about three hours on one core)
+	@$(IN_ENV) python -m mill_jobs.demo.train_sam jobs/mill_jobs/demo/models/sam.pth
 	@$(IN_ENV) python -m mill_jobs.demo.train_chat
+	@$(IN_ENV) python -m mill_jobs.demo.train_rpn
+	@$(IN_ENV) python -m mill_jobs.demo.train_clip
 
 e2e: setup ## Run the cluster tests: KUBECONFIG= E2E_HOST= (see tests/e2e/conftest.py)
 	@$(IN_ENV) pytest -q -m cluster

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mill_jobs.config import RunConfig
+    from mill_jobs.demo.run import DemoRecipe
     from mill_jobs.finalize import Finalized
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -489,11 +490,18 @@ def prefetch(spec: Path, folder: Path) -> None:
     "--seed", type=click.IntRange(1), default=1, show_default=True, help="Of the scenes; 0 is what the models learned."
 )
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
-def demo(folder: Path, images: int, seed: int, workers: int) -> None:
+@click.option(
+    "--recipe",
+    type=click.Choice(["cotpl", "vlplm"]),
+    default="cotpl",
+    show_default=True,
+    help="vlplm shows both of its profiles beside CoT-PL.",
+)
+def demo(folder: Path, images: int, seed: int, workers: int, recipe: "DemoRecipe") -> None:
     """Label toy scenes with the tiny models that come with Labelmill: real pixels, real models, no downloads."""
     from mill_jobs.demo.run import run_demo
 
-    run_demo(folder, images, seed, workers, _console())
+    run_demo(folder, images, seed, workers, _console(), recipe)
 
 
 def main() -> None:

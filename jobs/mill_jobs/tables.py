@@ -111,25 +111,33 @@ def print_summary(console: Console, summary: Summary) -> None:
         _print(console, f"note: {note}")
 
 
+_SCORE_COLUMNS = ("truth", "labels", "AP", "AP50", "prec.", "recall", "any name")
+
+
 def _score_row(name: str, scores: Scores) -> tuple[str, ...]:
     shown = (scores.ap, scores.ap50, scores.precision, scores.recall, scores.any_class_recall)
     return (name, str(scores.instances), str(scores.labels), *(_number(value) for value in shown))
 
 
+def print_comparison(console: Console, title: str, scores: Mapping[str, Scores]) -> None:
+    """Print the scores of several label sets on the same truth, a row each."""
+    rows = [_score_row(name, found) for name, found in scores.items()]
+    _print_table(console, title, ("labels of", *_SCORE_COLUMNS), rows, words=(0,))
+
+
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print the scores overall, on the declared subsets and per class, and what each step costs."""
-    columns = ("truth", "labels", "AP", "AP50", "prec.", "recall", "any name")
     subsets = (_score_row(name, scores) for name, scores in evaluation.subsets.items())
     _print_table(
         console,
         f"scores on {evaluation.images} images, IoU 0.5 but for AP",
-        ("instances", *columns),
+        ("instances", *_SCORE_COLUMNS),
         subsets,
         words=(0,),
     )
     ordered = sorted(evaluation.classes.items(), key=lambda item: (-item[1].instances, item[0]))
     classes = (_score_row(name, scores) for name, scores in ordered)
-    _print_table(console, "scores by class", ("class", *columns), classes, words=(0,))
+    _print_table(console, "scores by class", ("class", *_SCORE_COLUMNS), classes, words=(0,))
     steps, before, whole = [], None, max(1, evaluation.funnel["in the truth"])
     for name, count in evaluation.funnel.items():
         steps.append((name, str(count), "" if before is None else str(before - count), f"{count / whole:.3f}"))
